@@ -1,0 +1,70 @@
+# `make` lists the targets. The first call of one creates .venv and installs requirements.txt into it;
+# `make PYTHON=/path/to/python …` uses that environment instead and installs nothing.
+
+MAKEFLAGS += --no-builtin-rules --no-print-directory
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint table1-small reproduce-table1 runs clean
+
+ifdef PYTHON
+READY :=
+else
+PYTHON := .venv/bin/python
+READY := .venv/installed
+.venv/installed: requirements.txt
+	python3 -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
+	touch $@
+endif
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z0-9-]*\):.*  ## /\1: /p' Makefile | awk -F ': ' '{ printf "make %-18s %s\n", $$1, $$2 }'
+
+demo: $(READY)  ## all methods on scikit-learn's digits: a table and a figure, in two minutes
+	rm -rf demo
+	$(MAKE) runs OUT=demo DATASETS=digits SEEDS="$(or $(SEEDS),1)" \
+	    BASE="--arch small --mega-batches 4 --epochs 10"
+
+test: $(READY)  ## the test-suite
+	$(PYTHON) -m pytest -q $(ARGS) tests
+
+lint: $(READY)  ## ruff: check and format
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+reproduce-table1: $(READY)  ## Table 1 at the paper's protocol; IMAGENET=<folder> for its third data set
+	$(MAKE) runs OUT="$(or $(OUT),results/table1)" SEEDS="$(or $(SEEDS),1 2 3)" \
+	    DATASETS="$(or $(DATASETS),cifar10 cifar100 $(if $(IMAGENET),restricted-imagenet))"
+
+table1-small: $(READY)  ## Table 1 at the scale of two CPU cores; DATA=<folder with train/ and test/>
+	$(if $(DATA),,$(error table1-small: expected DATA=<folder with train/<class>/ and test/<class>/ of images>))
+	$(MAKE) runs OUT="$(or $(OUT),results/table1-small)" SEEDS="$(or $(SEEDS),1 2 3)" \
+	    DATASETS="$(or $(DATASETS),$(notdir $(abspath $(DATA))))" VARIANTS="$(or $(VARIANTS),warm-start-gamma1)" \
+	    BASE="--arch small --limit 2000 --limit-test 2000 --epochs 10"
+
+# One mechanism behind all of them: a file per run, $(OUT)/<dataset>/<method>-<seed>.json, then the table. A file that
+# is there is not made again, so an interrupted call goes on where it stopped. A variant is a method with other
+# settings, <method>-<variant>-<seed>.json. A data set that lure.py does not know by name is the image folder $(DATA).
+METHODS := warm-start llf sp lure scratch rifle dash fire
+VARIANTS :=
+RUNS = $(foreach d,$(DATASETS),$(foreach m,$(METHODS) $(VARIANTS),$(foreach s,$(SEEDS),$(OUT)/$d/$m-$s.json)))
+dataset_digits = --dataset digits
+dataset_cifar10 = --dataset cifar10 --data $(or $(DATA),data)
+dataset_cifar100 = --dataset cifar100 --data $(or $(DATA),data)
+dataset_restricted-imagenet = --dataset restricted-imagenet --mega-batches 3 --data $(IMAGENET)
+method_warm-start-gamma1 = --method warm-start --gamma 1
+dataset = $(notdir $(patsubst %/,%,$(dir $@)))
+seed = $(lastword $(subst -, ,$(basename $(notdir $@))))
+name = $(patsubst %-$(seed).json,%,$(notdir $@))
+jobs = $(or $(patsubst -j%,%,$(filter -j%,$(MAKEFLAGS))),1)
+
+runs: $(RUNS)
+	$(PYTHON) evaluate.py report $(addprefix $(OUT)/,$(DATASETS))
+
+$(RUNS): | $(READY)
+	OMP_NUM_THREADS=$$(n=$$(( $$(getconf _NPROCESSORS_ONLN) / $(jobs) )); echo $$(( n > 0 ? n : 1 ))) \
+	    $(PYTHON) baselines.py $(or $(method_$(name)),--method $(name)) --seed $(seed) \
+	    $(or $(dataset_$(dataset)),--dataset folder --data $(DATA)) $(BASE) $(ARGS) \
+	    --out $@ --checkpoint $(basename $@).pt
+
+clean:  ## remove what the demo made, caches and the environment
+	rm -rf demo .cache .venv .pytest_cache .ruff_cache .hypothesis __pycache__ tests/__pycache__

@@ -1,0 +1,219 @@
+"""The methods that LURE is compared with, under the very schedule, stream and start of `lure.run`.
+
+    python baselines.py --method sp --dataset digits --arch small --mega-batches 4 --epochs 10
+    python baselines.py --method dash --set alpha=0.3 floor=0.1 --dataset cifar10 --out dash-1.json
+
+Every function here has the signature that `lure.run` documents: `method_(model, pi, seen, fresh, generator, **own)`
+changes the model in place between two mega-batches and returns its mask (True: kept) or None.
+"""
+
+import inspect
+import math
+import sys
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import lure
+
+# ------------------------------------------------------------ Everything or nothing
+
+
+def warm_start(model, pi, seen, fresh, generator) -> None:
+    """Train on from where the last mega-batch ended: the paper's baseline BL (section 4)."""
+
+
+def scratch_(model, pi, seen, fresh, generator) -> None:
+    """A new network, parameters and running statistics, for every mega-batch."""
+    model.load_state_dict(fresh().state_dict())
+
+
+# ------------------------------------------------------------ Every weight a little
+
+
+@torch.no_grad()
+def shrink_and_perturb_(model, pi, seen, fresh, generator, shrink=0.4, noise=0.001) -> None:
+    """θ ← shrink · θ + noise · θ_fresh for every parameter (Ash & Adams 2020, arXiv 1910.08475).
+
+    θ_fresh is a newly initialised network. The defaults are LURE's (Appendix A.2); the method's own: 0.4, 0.1.
+    """
+    for p, new in zip(model.parameters(), fresh().parameters(), strict=True):
+        p.mul_(shrink).add_(new, alpha=noise)
+
+
+def dash_(model, pi, seen, fresh, generator, alpha=0.3, floor=0.3) -> None:
+    """Shrink what does not point down the loss (DASH, Shin et al. 2024, arXiv 2410.23495).
+
+    G ← (1 − alpha) · G + alpha · (−∇L), from 0, over the mega-batches that `seen` yields, each as one batch. Then
+    each group w of a weight is scaled by clamp(cos(G_w, w), floor, 1). Groups: of a convolution the kernel between
+    one input and one output channel, of a linear layer a row, of either the whole bias. Defaults: the method's.
+    """
+    layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    parameters = [p for m in layers for p in (m.weight, m.bias) if p is not None]
+    momentum = [torch.zeros_like(p) for p in parameters]
+    for images, labels in seen():
+        for g, gradient in zip(momentum, loss_gradient(model, parameters, images, labels), strict=True):
+            g.mul_(1 - alpha).sub_(gradient, alpha=alpha)
+    with torch.no_grad():
+        for p, g in zip(parameters, momentum, strict=True):
+            groups = p.shape[:2] if p.ndim == 4 else p.shape[:1] if p.ndim == 2 else (1,)
+            cosine = F.cosine_similarity(g.reshape(*groups, -1), p.reshape(*groups, -1), dim=-1)
+            p.mul_(cosine.clamp(floor, 1).view(*groups, *[1] * (p.ndim - len(groups))))
+
+
+@torch.no_grad()
+def fire_(model, pi, seen, fresh, generator, steps=10) -> None:
+    """Move every weight matrix towards its nearest semi-orthogonal one (FIRE, Han et al. 2026, arXiv 2602.08040).
+
+    X ← 1.5 · X − 0.5 · X Xᵀ X, `steps` times from X = W / ‖W‖_F (Newton–Schulz), for each linear weight W, out × in,
+    and each of the k · k spatial slices of a convolution; W becomes √(out / in) / (k · k) · X. No data. Small
+    singular values do not arrive in ten steps, the method's default.
+    """
+    for m in model.modules():
+        if isinstance(m, (nn.Conv2d, nn.Linear)):
+            w = m.weight.reshape(*m.weight.shape[:2], -1).permute(2, 0, 1)  # (k · k, out, in)
+            x = w / w.norm(dim=(1, 2), keepdim=True).clamp(min=torch.finfo(w.dtype).tiny)
+            for _ in range(steps):
+                gram = x @ x.mT if x.shape[1] <= x.shape[2] else x.mT @ x  # the smaller of the two
+                x = 1.5 * x - 0.5 * (gram @ x if x.shape[1] <= x.shape[2] else x @ gram)
+            scale = (w.shape[1] / w.shape[2]) ** 0.5 / len(w)
+            m.weight.copy_((scale * x).permute(1, 2, 0).reshape(m.weight.shape))
+
+
+# ------------------------------------------------------------ Some layers wholly
+
+
+def later_layer_forgetting_(model, pi, seen, fresh, generator) -> None:
+    """Redraw the later layers (LLF, Zhou et al. 2022, arXiv 2202.00155), as a fresh network's.
+
+    Blocks 3 and 4 of a ResNet (Appendix A.2); of VGG the last two convolution stages and the classifier.
+    """
+    if hasattr(model, "layer4"):
+        prefixes = ("layer3.", "layer4.")
+    elif isinstance(features := getattr(model, "features", None), nn.Sequential):
+        pools = [i for i, m in enumerate(features) if isinstance(m, nn.MaxPool2d)]
+        prefixes = ("classifier.", *(f"features.{i}." for i in range(pools[-2], len(features))))
+    else:
+        raise ValueError(f"llf: expected a ResNet or a VGG, got {type(model).__name__}")
+    redraw_layers_(model, fresh(), prefixes)
+
+
+def reset_classifier_(model, pi, seen, fresh, generator) -> None:
+    """Redraw the classifier alone (RIFLE, Li et al. 2020), as a fresh network's: the last linear layer."""
+    last = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)][-1]
+    redraw_layers_(model, fresh(), (f"{last}.",))
+
+
+@torch.no_grad()
+def redraw_layers_(model, new, prefixes: tuple[str, ...]) -> None:
+    for (name, p), q in zip(model.named_parameters(), new.parameters(), strict=True):
+        if name.startswith(prefixes):
+            p.copy_(q)
+
+
+# ------------------------------------------------------------ LURE with another criterion (Table 8)
+
+
+def fisher_(model, pi, seen, fresh, generator, keep=0.8, chunk=1) -> dict[str, Tensor]:
+    """LURE with the empirical Fisher information as its criterion (FIM in Table 8).
+
+    The squared gradient of the loss by the weight, averaged over `chunk` samples of π at a time: single ones, by
+    default. Evaluation mode.
+    """
+    weights = connections(model)
+    scores = {name: torch.zeros_like(p) for name, p in weights.items()}
+    for images, labels in zip(pi[0].split(chunk), pi[1].split(chunk), strict=True):
+        for s, g in zip(scores.values(), loss_gradient(model, weights.values(), images, labels), strict=True):
+            s.add_(g.square(), alpha=len(labels) / len(pi[1]))
+    return keep_top_(model, scores, keep, generator)
+
+
+def magnitude_(model, pi, seen, fresh, generator, keep=0.8) -> dict[str, Tensor]:
+    """LURE with the weight's magnitude |θ| as its criterion (Table 8)."""
+    scores = {name: p.detach().abs() for name, p in connections(model).items()}
+    return keep_top_(model, scores, keep, generator)
+
+
+def random_(model, pi, seen, fresh, generator, keep=0.8) -> dict[str, Tensor]:
+    """LURE with no criterion: the weights to keep are drawn at random (Appendix A.1)."""
+    scores = {n: torch.rand(p.shape, generator=generator).to(p.device) for n, p in connections(model).items()}
+    return keep_top_(model, scores, keep, generator)
+
+
+def connections(model) -> dict[str, Tensor]:
+    """The weights that unlearning ranks: those of `lure.connection_sensitivity`."""
+    return {name: p for name, p in model.named_parameters() if p.ndim >= 2 and p.requires_grad}
+
+
+def keep_top_(model, scores, keep, generator) -> dict[str, Tensor]:
+    mask = lure.top_k_mask(scores, keep)
+    lure.reinitialize_(model, mask, generator)
+    return mask
+
+
+def loss_gradient(model, parameters, images, labels, chunk=256) -> list[Tensor]:
+    """∂L/∂θ for each of `parameters`: L the mean cross-entropy over all images, `chunk` at a time, evaluation mode."""
+    parameters, training = list(parameters), model.training
+    total = [torch.zeros_like(p) for p in parameters]
+    model.eval()
+    for x, y in zip(images.split(chunk), labels.split(chunk), strict=True):
+        loss = F.cross_entropy(model(x), y, reduction="sum") / len(labels)
+        parts = torch.autograd.grad(loss, parameters, materialize_grads=True)
+        total = [t + part for t, part in zip(total, parts, strict=True)]
+    model.train(training)
+    return total
+
+
+# ------------------------------------------------------------ Command line
+
+METHODS = {
+    "warm-start": warm_start,
+    "llf": later_layer_forgetting_,
+    "sp": shrink_and_perturb_,
+    "lure": lure.lure_,
+    "scratch": scratch_,
+    "rifle": reset_classifier_,
+    "dash": dash_,
+    "fire": fire_,
+    "fisher": fisher_,
+    "magnitude": magnitude_,
+    "random": random_,
+}
+
+
+@dataclass(frozen=True)
+class Config(lure.Config):
+    method: str = lure.option("warm-start", "what to do between mega-batches", tuple(METHODS))
+    set: tuple[str, ...] = lure.option((), "the method's own settings, as in --set shrink=0.4 noise=0.1")
+
+
+def method(config: Config):
+    """The method that the configuration names, with its own settings. ValueError for one that it does not have."""
+    function = METHODS[config.method]
+    own = {name: p.default for name, p in list(inspect.signature(function).parameters.items())[5:]}
+    given = {"keep": config.keep} if own.pop("keep", None) else {}
+    for setting in config.set:
+        key, _, text = setting.partition("=")
+        if key not in own:
+            raise ValueError(
+                f"--set {setting}: the settings of {config.method} are: {', '.join(own) or 'none'}"
+            )
+        kind = type(own[key])
+        try:
+            given[key] = kind(text)
+        except ValueError as error:
+            raise ValueError(f"--set {setting}: expected {key}=<{kind.__name__}>") from error
+        if not (kind is int) <= given[key] < math.inf:
+            raise ValueError(f"--set {setting}: expected at least {int(kind is int)}")
+    return partial(function, **given)
+
+
+def main(argv=None) -> int:
+    return lure.main(argv, Config, method)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

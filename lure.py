@@ -1,0 +1,622 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.11", "torchvision>=0.26", "scikit-learn>=1.3", "tqdm>=4.60"]
+# ///
+"""Learn, Unlearn and Relearn (LURE, TMLR 2023), the whole method in one file.
+
+Data arrive in mega-batches. After each, LURE measures by SNIP how much every weight matters for what was just
+learned, keeps the top 80 %, redraws the others, and trains on: Algorithm 1 of the paper is `run`, below.
+
+    python lure.py --dataset digits --arch small --mega-batches 4 --epochs 10    # half a minute on a laptop
+    python lure.py --dataset cifar10 --out lure-1.json                           # the paper's protocol
+
+The functions from `mega_batches` to `expected_calibration_error` lift out with their imports.
+"""
+
+import argparse
+import copy
+import hashlib
+import json
+import math
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections import OrderedDict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+
+# ------------------------------------------------------------ Settings: this dataclass is the command line
+
+
+def option(default, help, choices=(), low=0, high=sys.float_info.max):
+    return field(default=default, metadata=dict(help=help, choices=choices, low=low, high=high))
+
+
+DATASETS = ("digits", "cifar10", "cifar100", "folder", "restricted-imagenet")
+ARCHITECTURES = ("resnet18", "resnet50", "wide_resnet50_2", "vgg16_bn", "small")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting of a run, by default the paper's (section 3, A.2). ValueError for one out of range."""
+
+    dataset: str = option("cifar10", "data set", DATASETS)
+    data: str = option("data", "folder that the data set is in, or is downloaded to")
+    cache: str = option(".cache", "folder for decoded images")
+    image_size: int = option(32, "side that the images of folders are resized to, at least 1", low=1)
+    limit: int = option(0, "training images to use, a stratified choice; 0: all")
+    limit_test: int = option(0, "test images to use, a stratified choice; 0: all")
+    shots: int = option(0, "training images of each class to use; 0: all")
+    label_noise: float = option(0.0, "probability that a training label is redrawn, in [0, 1]", high=1)
+    arch: str = option("resnet18", "network", ARCHITECTURES)
+    mega_batches: int = option(8, "number of mega-batches, at least 1", low=1)
+    replay: str = option("full", "earlier samples to train on too", ("full", "buffer", "none"))
+    buffer_size: int = option(187, "number of them under --replay buffer, at least 0")
+    val_fraction: float = option(0.1, "share of a mega-batch for validation, in [0, 0.9]", high=0.9)
+    epochs: int = option(50, "epochs per mega-batch, at least 1", low=1)
+    batch_size: int = option(64, "samples per step, at least 2", low=2)
+    lr: float = option(0.1, "learning rate, at least 0")
+    momentum: float = option(0.9, "momentum of SGD, at least 0")
+    weight_decay: float = option(1e-4, "weight decay, at least 0")
+    gamma: float = option(0.1, "factor on the rate after 40 and 80 percent of the epochs, at least 0")
+    select: str = option("last", "epoch whose weights a mega-batch ends with", ("last", "best-val"))
+    keep_momentum: bool = option(False, "let SGD's momentum outlive the mega-batch")
+    keep: float = option(0.8, "share of the weights that unlearning keeps, in (0, 1]", low=1e-12, high=1)
+    pi: str = option("learned", "mega-batch to draw the sample pi from", ("learned", "seen", "next"))
+    pi_fraction: float = option(0.2, "size of pi as a share of it, in (0, 1]", low=1e-12, high=1)
+    seed: int = option(1, "seed of stream, start, order and forgetting, in [0, 2^60]", high=2**60)
+    device: str = option("auto", "cpu, cuda, cuda:1 ...; auto: the GPU if there is one")
+    out: str = option("", "file for the record (JSON)")
+    checkpoint: str = option("", "file for the final weights")
+
+    def __post_init__(self):
+        for f in fields(self):
+            value, meta, flag = getattr(self, f.name), f.metadata, "--" + f.name.replace("_", "-")
+            if meta["choices"] and value not in meta["choices"]:
+                raise ValueError(f"{flag}: there is no {value!r}; choose from {', '.join(meta['choices'])}")
+            if isinstance(value, (int, float)) and not meta["low"] <= value <= meta["high"]:
+                raise ValueError(f"{flag}: expected {meta['help']}; got {value}")
+        if self.select == "best-val" and not self.val_fraction:
+            raise ValueError("--select best-val: expected a --val-fraction above 0")
+
+
+class DataError(Exception):
+    """The data are not as they should be; the message names the file and says what was expected."""
+
+
+# ------------------------------------------------------------ Stream (section 3)
+
+
+class MegaBatch(NamedTuple):
+    train: Tensor  # int64 indices of what to train on now, replay included
+    val: Tensor  # this mega-batch's validation part
+    new: Tensor  # this mega-batch's training part
+
+
+def mega_batches(
+    num_samples, num_mega_batches, replay="full", buffer_size=187, val_fraction=0.1, generator=None
+) -> Iterator[MegaBatch]:
+    """Divide the samples at random into a stream of mega-batches, int64 index tensors on the CPU.
+
+    Sizes differ by at most one; `val` is round(val_fraction · size) of each; all `val` and `new` are disjoint. Of
+    the earlier training samples, `train` adds to `new` all (replay "full"), none ("none") or at most
+    `buffer_size`, a uniform sample of them ("buffer": a true one, what has left it never returns). ValueError for
+    an argument out of range, and where a mega-batch would have nothing to train on.
+    """
+    if replay not in ("full", "buffer", "none") or not 0 <= val_fraction < 1 or buffer_size < 0:
+        raise ValueError(f"replay {replay!r}, buffer {buffer_size} or val_fraction {val_fraction} cannot be")
+    parts = torch.randperm(num_samples, generator=generator).tensor_split(max(num_mega_batches, 1))
+    if num_mega_batches < 1 or any(round(val_fraction * len(part)) >= len(part) for part in parts):
+        raise ValueError(f"{num_samples} samples do not allow {num_mega_batches} mega-batches to train on")
+    priority = torch.randperm(num_samples, generator=generator)  # the buffer holds those that are first by it
+    stream, earlier = [], torch.empty(0, dtype=torch.int64)
+    for part in parts:
+        val, new = part.tensor_split([round(val_fraction * len(part))])
+        replayed = {"full": len(earlier), "buffer": buffer_size, "none": 0}[replay]
+        stream.append(MegaBatch(torch.cat([new, earlier[priority[earlier].argsort()][:replayed]]), val, new))
+        earlier = torch.cat([earlier, new])
+    return iter(stream)
+
+
+# ------------------------------------------------------------ Unlearn: sensitivity, mask, reinitialisation
+
+
+def connection_sensitivity(model, images, labels, chunk=256) -> dict[str, Tensor]:
+    """SNIP's connection sensitivity s_j = |g_j| / Σ_k |g_k| (Eq. 2; Lee et al. 2018, arXiv 1810.02340).
+
+    `images` (N, …) go to the model unchanged, `chunk` at a time; `labels` (N,) int64; L is the mean
+    cross-entropy over all N, in evaluation mode. Returns scores >= 0, in shape and dtype of the weight, for every
+    parameter of two or more dimensions that requires a gradient (a connection, not a bias or normalisation);
+    all together sum to 1, or are 0 if L reaches no weight. The model, its gradients and the random state stay.
+    """
+    weights = {name: p for name, p in model.named_parameters() if p.ndim >= 2 and p.requires_grad}
+    gradients = [torch.zeros_like(p) for p in weights.values()]
+    training = {module: module.training for module in model.modules()}
+    cuda = {p.device for p in weights.values() if p.is_cuda}
+    with torch.random.fork_rng(cuda), torch.enable_grad(), torch.autocast(labels.device.type, enabled=False):
+        model.eval()
+        try:
+            for x, y in zip(images.split(chunk), labels.split(chunk), strict=True):
+                loss = F.cross_entropy(model(x), y, reduction="sum") / len(labels)
+                if weights and loss.requires_grad:
+                    parts = torch.autograd.grad(loss, weights.values(), materialize_grads=True)
+                    gradients = [g + part for g, part in zip(gradients, parts, strict=True)]
+        finally:
+            for module, flag in training.items():
+                module.training = flag
+    # g is a derivative by the mask, not by the weight: the loss sees m·θ, so ∂L/∂m = θ·∂L/∂θ at m = 1.
+    scores = {name: (p.detach() * g).abs() for (name, p), g in zip(weights.items(), gradients, strict=True)}
+    total = sum(s.sum(dtype=torch.float64) for s in scores.values())
+    return {name: s / total if total > 0 else s for name, s in scores.items()}
+
+
+def top_k_mask(scores: dict[str, Tensor], keep: float) -> dict[str, Tensor]:
+    """M_j = 1[s_j >= s̃_k] (section 3): True for the k = round(keep · m) largest of all m scores together.
+
+    Exactly k: of equal scores the earlier is kept (order of the dict, then row-major), where the paper's
+    indicator would keep them all. Bool tensors of the scores' names and shapes, in time linear in m. ValueError
+    unless 0 < keep <= 1 and no score is NaN.
+    """
+    if not 0 < keep <= 1 or any(s.isnan().any() for s in scores.values()):
+        raise ValueError(f"expected keep in (0, 1] and scores without NaN; keep is {keep}")
+    sizes = [s.numel() for s in scores.values()]
+    if (k := round(keep * sum(sizes))) == 0:
+        return {name: torch.zeros_like(s, dtype=torch.bool) for name, s in scores.items()}
+    flat = torch.cat([s.flatten() for s in scores.values()])
+    threshold = flat.kthvalue(len(flat) - k + 1).values  # s̃_k, the k-th largest
+    mask = flat > threshold
+    mask[(flat == threshold).nonzero().flatten()[: k - int(mask.sum())]] = True
+    return {name: part.view_as(scores[name]) for name, part in zip(scores, mask.split(sizes), strict=True)}
+
+
+@torch.no_grad()
+def reinitialize_(model: nn.Module, mask: dict[str, Tensor], generator: torch.Generator | None = None) -> int:
+    """Redraw in place the weights whose mask is False (Eq. 3), no other value changes. Returns how many.
+
+    New values: U(−1/√fan_in, 1/√fan_in), fan_in the product of all dimensions but the first, drawn on the
+    generator's device. `mask`: parameter name → bool tensor of its shape; ValueError, with nothing changed, for
+    a name or a shape that the model does not have.
+    """
+    parameters = dict(model.named_parameters())
+    for name, m in mask.items():
+        if name not in parameters or parameters[name].shape != m.shape:
+            raise ValueError(f"mask: the model has no parameter {name!r} of shape {tuple(m.shape)}")
+    for name, m in mask.items():
+        p, bound = parameters[name], 1 / math.sqrt(math.prod(m.shape[1:]))
+        drawn = torch.empty(int((~m).sum()), dtype=p.dtype, device=(generator or p).device)
+        p[~m] = drawn.uniform_(-bound, bound, generator=generator).to(p.device)
+    return sum(int((~m).sum()) for m in mask.values())
+
+
+def unlearn_(model, images, labels, keep=0.8, generator=None) -> dict[str, Tensor]:
+    """LURE's step on the sample π = (images, labels): measure, keep the top, redraw the rest. Returns the mask."""
+    mask = top_k_mask(connection_sensitivity(model, images, labels), keep)
+    reinitialize_(model, mask, generator)
+    return mask
+
+
+# ------------------------------------------------------------ Metrics (sections 4 and 7.1)
+
+
+def cumulative_error_rate(errors) -> int:
+    """CER (Eq. 4), a count: the misclassified test samples, `errors`, summed over the mega-batches."""
+    return sum(int(e) for e in errors)
+
+
+def generalization_gap(train_accuracy: float, val_accuracy: float) -> float:
+    """Train minus validation accuracy (section 4), in percentage points, from percent."""
+    return train_accuracy - val_accuracy
+
+
+def expected_calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 15) -> float:
+    """ECE = Σ_b (n_b/N) · |acc_b − conf_b| (Naeini et al. 2015; section 7.1), in [0, 1].
+
+    `probabilities` (N, C), `labels` (N,) int64; b: the bins (i/B, (i+1)/B] of the top-1 confidence.
+    """
+    confidence, prediction = probabilities.double().max(dim=1)
+    edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64, device=labels.device)
+    bin, excess = torch.bucketize(confidence, edges[1:-1]), confidence - prediction.eq(labels).double()
+    return float(torch.zeros_like(edges).index_add_(0, bin, excess).abs().sum() / len(labels))
+
+
+# ------------------------------------------------------------ Data
+
+CIFAR10 = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+# Mean and standard deviation of the channels, padding of the random crop, whether to flip.
+PREPROCESSING = dict.fromkeys(DATASETS, (*CIFAR10, 4, True)) | {
+    "cifar100": ((0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762), 4, True),
+    "digits": ((0.3053,), (0.3762,), 1, False),  # a mirrored digit is another digit
+}
+RESTRICTED_IMAGENET = {  # balanced; inclusive ranges of the index of the 1000 sorted class folders
+    "bird": (10, 14), "turtle": (33, 37), "lizard": (42, 46), "spider": (72, 76), "crab": (118, 122),
+    "dog": (200, 204), "cat": (281, 285), "big cat": (286, 290), "beetle": (302, 306), "butterfly": (322, 326),
+    "monkey": (371, 374), "fish": (393, 397), "fruit": (948, 952), "fungus": (992, 996),
+}  # fmt: skip
+
+
+class Dataset(NamedTuple):
+    images: Tensor  # uint8 (N, C, H, W)
+    labels: Tensor  # int64 (N,)
+    test_images: Tensor
+    test_labels: Tensor
+    classes: list[str]
+
+
+def load_dataset(name, data="data", cache=".cache", image_size=32, limit=0, limit_test=0, shots=0) -> Dataset:
+    """Load one of `DATASETS` from the folder `data`, where torchvision also downloads the CIFARs to.
+
+    `limit`, `limit_test`: a stratified sample of so many images; `shots`: of so many training images of each
+    class; 0: all. The choice is the same every time. DataError if the data are not as they should be.
+    """
+    if name == "digits":
+        from sklearn.datasets import load_digits
+
+        pixels, labels = (torch.from_numpy(x) for x in load_digits(return_X_y=True))
+        images = (pixels * 255 / 16).round().to(torch.uint8).view(-1, 1, 8, 8)
+        test, train = stratified(labels, len(labels)).tensor_split([round(0.2 * len(labels))])
+        loaded = Dataset(images[train], labels[train], images[test], labels[test], list("0123456789"))
+    elif name in ("cifar10", "cifar100"):
+        source = getattr(torchvision.datasets, name.upper())
+        try:
+            train, test = (source(data, train, download=True) for train in (True, False))
+        except (OSError, RuntimeError) as error:
+            raise DataError(f"{data}: expected {source.filename}, cannot download it ({error})") from error
+        images, test_images = (torch.from_numpy(s.data).permute(0, 3, 1, 2) for s in (train, test))
+        labels, test_labels = torch.tensor(train.targets), torch.tensor(test.targets)
+        loaded = Dataset(images, labels, test_images, test_labels, train.classes)
+    else:
+        loaded = load_folders(name, Path(data), Path(cache), image_size)
+    images, labels, test_images, test_labels, classes = loaded
+    if (fewest := int(labels.bincount(minlength=len(classes)).min())) < shots:
+        raise DataError(f"--shots {shots}: a class of {name} has only {fewest} training images")
+    train = stratified(labels, shots * len(classes) or limit or len(labels), equal=shots > 0)
+    test = stratified(test_labels, limit_test or len(test_labels))
+    return Dataset(images[train], labels[train], test_images[test], test_labels[test], classes)
+
+
+def stratified(labels: Tensor, size: int, equal: bool = False) -> Tensor:
+    """Indices of a fixed random sample, the classes in proportion to their sizes, or in `equal` numbers."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    rank = torch.empty(len(labels))
+    for c in labels.unique():
+        members = order[labels[order] == c]
+        rank[members] = (torch.arange(len(members)) + 0.5) / (1 if equal else len(members))
+    return rank.argsort(stable=True)[:size]
+
+
+def load_folders(name: str, root: Path, cache: Path, image_size: int) -> Dataset:
+    """Read root/<split>/<class>/<image>, decoded once and cached by the files' names, sizes and times."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+    from tqdm import tqdm
+
+    samples, classes = [], []
+    for split in ("train", "test") if name == "folder" else ("train", "val"):
+        try:
+            folders, label_of = find_classes(root / split)
+            if name == "restricted-imagenet":
+                if len(folders) != 1000:
+                    raise OSError(f"{root / split} has {len(folders)} class folders, not ImageNet's 1000")
+                ranges = enumerate(RESTRICTED_IMAGENET.values())
+                label_of = {f: label for label, (a, b) in ranges for f in folders[a : b + 1]}
+                folders = list(RESTRICTED_IMAGENET)
+            samples.append(make_dataset(root / split, label_of, IMG_EXTENSIONS))
+        except OSError as error:
+            raise DataError(f"{error}; expected {root}/{split}/<class>/<image>") from error
+        classes.append(folders)
+    if odd := sorted(set(classes[0]) ^ set(classes[1])):
+        raise DataError(f"{root}: expected every class in both splits, {odd[0]!r} is in one only")
+    sizes, (paths, labels) = [len(s) for s in samples], zip(*samples[0], *samples[1], strict=True)
+    content = [(os.path.relpath(p, root), os.stat(p).st_size, os.stat(p).st_mtime_ns) for p in paths]
+    digest = hashlib.sha256(json.dumps([image_size, content]).encode()).hexdigest()
+    stored = cache / f"{root.resolve().name}-{image_size}-{digest[:16]}.pt"
+    if not stored.exists():
+        with ThreadPoolExecutor() as pool:
+            decoded = pool.map(partial(decode_image, size=image_size), paths)
+            decoded = torch.stack(list(tqdm(decoded, f"decode {root}", len(paths), unit="image")))
+        write(stored, partial(torch.save, decoded))
+    images, labels = torch.load(stored, weights_only=True).split(sizes), torch.tensor(labels).split(sizes)
+    return Dataset(images[0], labels[0], images[1], labels[1], classes[0])
+
+
+def decode_image(path: str, size: int) -> Tensor:
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            resized = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path}: expected an image, cannot decode it ({error})") from error
+    return torchvision.transforms.functional.pil_to_tensor(resized)
+
+
+def corrupt_labels(labels: Tensor, num_classes: int, probability: float, generator=None) -> Tensor:
+    """Each label redrawn, with `probability`, over all classes, its own among them (section 6.3)."""
+    redrawn = torch.randint(num_classes, labels.shape, generator=generator)
+    return torch.where(torch.rand(labels.shape, generator=generator) < probability, redrawn, labels)
+
+
+def write(path, save) -> None:
+    """Let `save` write a temporary file beside `path`, then rename it: `path` is whole or it is not there."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
+    try:
+        save(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ------------------------------------------------------------ Networks
+
+
+def build_model(arch, num_classes, in_channels=3, mean=CIFAR10[0], std=CIFAR10[1], generator=None):
+    """One of `ARCHITECTURES` for small images: float (N, C, H, W) in [0, 1] → logits (N, num_classes).
+
+    torchvision's ResNets with a 3×3 stem of stride 1 and no max-pool; its VGG16-BN without the fifth max-pool,
+    then global average pooling and a linear layer; small: ResNet18 at width 16. Convolutions start Kaiming-normal
+    (fan-out). It normalises its input itself. With a generator, the weights are a function of that alone.
+    """
+    with torch.random.fork_rng([], enabled=generator is not None):
+        if generator is not None:
+            torch.default_generator.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+        if arch == "small":
+            model = small_resnet(num_classes, in_channels)
+        elif arch == "vgg16_bn":
+            model = torchvision.models.vgg16_bn(num_classes=num_classes, init_weights=False)
+            model.features = model.features[:-1]
+            model.features[0] = nn.Conv2d(in_channels, 64, 3, padding=1)
+            model.avgpool, model.classifier = nn.AdaptiveAvgPool2d(1), nn.Linear(512, num_classes)
+        else:
+            model = getattr(torchvision.models, arch)(num_classes=num_classes)
+            model.conv1, model.maxpool = nn.Conv2d(in_channels, 64, 3, padding=1, bias=False), nn.Identity()
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    model.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
+    model.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
+    model.register_forward_pre_hook(lambda model, args: (args[0] - model.mean) / model.std)
+    return model
+
+
+def small_resnet(num_classes: int, in_channels: int) -> nn.Module:
+    from torchvision.models.resnet import BasicBlock, conv1x1, conv3x3
+
+    layers = OrderedDict(conv1=conv3x3(in_channels, 16), bn1=nn.BatchNorm2d(16), relu=nn.ReLU(inplace=True))
+    layers["layer1"] = nn.Sequential(BasicBlock(16, 16), BasicBlock(16, 16))
+    for i, n in ((2, 16), (3, 32), (4, 64)):
+        shortcut = nn.Sequential(conv1x1(n, 2 * n, 2), nn.BatchNorm2d(2 * n))
+        layers[f"layer{i}"] = nn.Sequential(BasicBlock(n, 2 * n, 2, shortcut), BasicBlock(2 * n, 2 * n))
+    layers |= dict(avgpool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), fc=nn.Linear(128, num_classes))
+    return nn.Sequential(layers)
+
+
+# ------------------------------------------------------------ Learn: the loop, all of it on the device
+
+
+def to_input(pixels: Tensor) -> Tensor:
+    """uint8 (N, H, W, C) → float32 (N, C, H, W) in [0, 1], channels last in memory."""
+    return pixels.permute(0, 3, 1, 2).float() / 255
+
+
+def augmented(padded: Tensor, index: Tensor, padding: int, flip: bool, generator) -> Tensor:
+    """Gather, crop and flip at random in one indexing of uint8 (N, H + 2·padding, W + 2·padding, C)."""
+    shape, device = (len(index), 1, 1), padded.device
+    top, left = torch.randint(2 * padding + 1, (2, *shape), device=device, generator=generator)
+    rows = torch.arange(padded.shape[1] - 2 * padding, device=device)[:, None]
+    columns = torch.arange(padded.shape[2] - 2 * padding, device=device).expand(len(index), 1, -1)
+    if flip:
+        mirrored = torch.rand(shape, device=device, generator=generator) < 0.5
+        columns = torch.where(mirrored, columns.flip(-1), columns)
+    return to_input(padded[index[:, None, None], top + rows, left + columns])
+
+
+def train_epoch_(model, optimizer, padded, labels, train, config, generator) -> tuple[Tensor, Tensor]:
+    """One epoch on the samples `train`, without a host synchronisation. Returns running mean loss and accuracy."""
+    *_, padding, flip = PREPROCESSING[config.dataset]
+    order = train[torch.randperm(len(train), device=train.device, generator=generator)]
+    batches = list(order.split(config.batch_size))
+    if len(batches) > 1 and len(batches[-1]) == 1:  # batch normalisation needs two
+        batches[-2:] = [torch.cat(batches[-2:])]
+    total_loss, correct = torch.zeros(2, dtype=torch.float64, device=train.device)
+    model.train()
+    for index in batches:
+        with torch.autocast(train.device.type, torch.bfloat16, enabled=train.is_cuda):
+            logits = model(augmented(padded, index, padding, flip, generator))
+        loss = F.cross_entropy(logits.float(), labels[index])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        total_loss += loss.detach() * len(index)
+        correct += (logits.argmax(1) == labels[index]).sum()
+    return total_loss / len(train), correct / len(train)
+
+
+def learn_(model, optimizer, padded, pixels, labels, train, val, config, generator, bar) -> float:
+    """Train on one mega-batch's samples `train`, in place. Returns the last epoch's running accuracy, percent."""
+    best, weights = -1.0, None
+    for epoch in range(config.epochs):
+        decays = (5 * epoch >= 2 * config.epochs) + (5 * epoch >= 4 * config.epochs)  # of 50, at 20 and at 40
+        optimizer.param_groups[0]["lr"] = config.lr * config.gamma**decays
+        loss, running = train_epoch_(model, optimizer, padded, labels, train, config, generator)
+        if not loss.isfinite():
+            raise FloatingPointError(f"{bar.desc}epoch {epoch + 1}: the loss is {float(loss)}, not finite")
+        if config.select == "best-val":
+            if (accuracy := evaluate(model, pixels, labels, val)["accuracy"]) > best:
+                best, weights = accuracy, copy.deepcopy(model.state_dict())
+        bar.update(len(train))
+    if weights:
+        model.load_state_dict(weights)
+    return 100 * float(running)
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, pixels: Tensor, labels: Tensor, index: Tensor) -> dict:
+    """Accuracy (percent), errors (count), loss, ECE ([0, 1]) on uint8 (N, H, W, C): evaluation mode, float32."""
+    if len(index) == 0:
+        return dict(accuracy=None, errors=0, loss=None, ece=None)
+    model.eval()
+    logits, labels = torch.cat([model(to_input(pixels[i])) for i in index.split(1000)]), labels[index]
+    errors, loss = int((logits.argmax(1) != labels).sum()), float(F.cross_entropy(logits, labels))
+    ece = expected_calibration_error(logits.softmax(1), labels)
+    return dict(accuracy=100 * (1 - errors / len(labels)), errors=errors, loss=loss, ece=ece)
+
+
+# ------------------------------------------------------------ Algorithm 1: learn, unlearn, relearn
+
+
+def lure_(model, pi, seen, fresh, generator, keep=0.8) -> dict[str, Tensor]:
+    """LURE as a method of `run`: one unlearning step on π."""
+    return unlearn_(model, *pi, keep, generator)
+
+
+def pick_device(name: str) -> torch.device:
+    name = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device: cannot use {name} ({str(error).splitlines()[0]})") from error
+
+
+def run(config: Config, forget=lure_) -> dict:
+    """Algorithm 1. Returns the record of the run, and writes it to `config.out`.
+
+    `forget(model, pi, seen, fresh, generator)` changes the model in place between two mega-batches and returns
+    its mask (True: kept) or None. `pi` is the sample π, (images, labels); `seen()` yields one such pair per
+    mega-batch of which the replay policy still holds samples; images are float in [0, 1], not augmented;
+    `fresh()` builds a newly initialised network. At one seed, data, order and start are the same for every
+    `forget`. ValueError for settings that cannot be, DataError for data, FloatingPointError for a loss that is
+    not finite.
+    """
+    from tqdm import tqdm
+
+    if (record := finished(config)) is not None:
+        return record
+    c, device = config, pick_device(config.device)
+    stream_rng, start_rng, forget_rng = (torch.Generator().manual_seed(4 * c.seed + i) for i in range(3))
+    order_rng = torch.Generator(device).manual_seed(4 * c.seed + 3)
+    data = load_dataset(c.dataset, c.data, c.cache, c.image_size, c.limit, c.limit_test, c.shots)
+    mean, std, p, _ = PREPROCESSING[c.dataset]
+    padded = F.pad(data.images.permute(0, 2, 3, 1), (0, 0, p, p, p, p)).to(device)
+    pixels = padded[:, p : padded.shape[1] - p, p : padded.shape[2] - p]
+    labels = corrupt_labels(data.labels, len(data.classes), c.label_noise, stream_rng).to(device)
+    test = data.test_images.permute(0, 2, 3, 1).to(device), data.test_labels.to(device)
+    stream = mega_batches(len(labels), c.mega_batches, c.replay, c.buffer_size, c.val_fraction, stream_rng)
+    stream = [MegaBatch(*(index.to(device) for index in batch)) for batch in stream]
+
+    def build(generator):
+        model = build_model(c.arch, len(data.classes), data.images.shape[1], mean, std, generator)
+        return model.to(device, memory_format=torch.channels_last)
+
+    def sample(index):
+        return to_input(pixels[index]), labels[index]
+
+    model, optimizer, rows = build(start_rng), None, []
+    bar = tqdm(total=c.epochs * sum(len(b.train) for b in stream), unit="img", unit_scale=True, disable=None)
+    for i, batch in enumerate(stream):
+        bar.set_description(f"mega-batch {i + 1} of {len(stream)}")
+        start, passes = time.perf_counter(), c.epochs * len(batch.train)
+        val = torch.cat([b.val for b in stream[: i + 1]]) if c.replay == "full" else batch.val
+        if optimizer is None or not c.keep_momentum:
+            optimizer = torch.optim.SGD(model.parameters(), c.lr, c.momentum, weight_decay=c.weight_decay)
+        running = learn_(model, optimizer, padded, pixels, labels, batch.train, val, c, order_rng, bar)
+        seconds = time.perf_counter() - start
+        row = dict(image_passes=passes, seconds=seconds, images_per_second=passes / seconds)
+        row |= dict(redrawn=0.0, generalization_gap=None, running_train_accuracy=running)
+        row["train"] = evaluate(model, pixels, labels, batch.train)
+        row["val"] = evaluate(model, pixels, labels, val)
+        row["test"] = evaluate(model, *test, torch.arange(len(test[1]), device=device))
+        if len(val):
+            row["generalization_gap"] = generalization_gap(row["train"]["accuracy"], row["val"]["accuracy"])
+        if i + 1 < len(stream):  # unlearn
+            source = dict(learned=batch.new, seen=batch.train, next=stream[i + 1].new)[c.pi]
+            size = max(1, round(c.pi_fraction * len(source)))
+            pi = sample(source[torch.randperm(len(source), generator=forget_rng)[:size].to(device)])
+            held = [h for b in stream[: i + 1] if len(h := b.new[torch.isin(b.new, batch.train)])]
+            mask = forget(model, pi, partial(map, sample, held), partial(build, forget_rng), forget_rng)
+            if mask is not None:
+                row["redrawn"] = float(torch.cat([~m.flatten() for m in mask.values()]).double().mean())
+        rows.append(row)
+    bar.close()
+    cer = cumulative_error_rate(r["test"]["errors"] for r in rows)
+    gap, parameters = row["generalization_gap"], sum(p.numel() for p in model.parameters())
+    totals = dict(test_accuracy=row["test"]["accuracy"], cer=cer, generalization_gap=gap)
+    totals |= dict(ece=row["test"]["ece"], parameters=parameters)
+    totals |= {name: sum(r[name] for r in rows) for name in ("image_passes", "seconds")}
+    record = dict(config=asdict(c), totals=totals, mega_batches=rows, **provenance(device, data))
+    if c.checkpoint:
+        state = dict(config=asdict(c), classes=data.classes, weights=model.state_dict())
+        write(c.checkpoint, partial(torch.save, state))
+    if c.out:
+        write(c.out, lambda path: path.write_text(json.dumps(record, indent=1) + "\n"))
+    return record
+
+
+# ------------------------------------------------------------ Record and command line
+
+PATHS = {"data", "cache", "out", "checkpoint", "device"}  # where things are; all else decides the result
+
+
+def finished(config: Config) -> dict | None:
+    """The record at `config.out`, if it is this configuration's. ValueError if it is another's."""
+    if not config.out or not os.path.exists(config.out):
+        return None
+    try:
+        record = json.loads(Path(config.out).read_text())
+        there, here = record["config"], json.loads(json.dumps(asdict(config)))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{config.out}: expected the record of a run, or no file") from error
+    if odd := [k for k in there | here if k not in PATHS and there.get(k) != here.get(k)]:
+        found = ", ".join(f"{k} {there.get(k)}, not {here.get(k)}" for k in odd)
+        raise ValueError(f"{config.out}: expected no file, or this configuration's record; found {found}")
+    return record if not config.checkpoint or os.path.exists(config.checkpoint) else None
+
+
+def provenance(device: torch.device, data: Dataset) -> dict:
+    """Where a number comes from: command, git commit, data, versions, device."""
+    root = os.path.dirname(os.path.abspath(__file__))
+    git = ["git", "-C", root, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    described = subprocess.run(shlex.join(git), shell=True, capture_output=True, text=True)
+    content = hashlib.sha256(b"".join(tensor.contiguous().numpy().tobytes() for tensor in data[:4]))
+    return dict(
+        command=shlex.join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]]),
+        git_commit=described.stdout.strip() or None,
+        data=dict(train=len(data.labels), test=len(data.test_labels), sha256=content.hexdigest()),
+        versions={name: sys.modules[name].__version__ for name in ("torch", "torchvision")},
+        python=platform.python_version(),
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        threads=torch.get_num_threads(),
+    )
+
+
+def main(argv=None, options=Config, method=lambda config: partial(lure_, keep=config.keep)) -> int:
+    """The command line: 0, or 2 for a wrong call, 1 for wrong data or a loss that diverged, 130 if interrupted."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    for f in fields(options):
+        choices = f" ({', '.join(f.metadata['choices'])})" if f.metadata["choices"] else ""
+        kind = dict(action="store_true") if f.default is False else dict(type=type(f.default), metavar="X")
+        kind = dict(nargs="*", metavar="KEY=VALUE") if f.default == () else kind
+        text = f"{f.metadata['help']}{choices}; default: {f.default}"
+        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=text, **kind)
+    try:
+        config = options(**vars(parser.parse_args(argv)))
+        print(json.dumps(run(config, method(config))["totals"], indent=1))
+    except (ValueError, DataError, OSError, FloatingPointError, KeyboardInterrupt) as error:
+        print(f"{parser.prog}: {error or 'interrupted'}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 130 if isinstance(error, KeyboardInterrupt) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
