@@ -5,7 +5,7 @@ MAKEFLAGS += --no-builtin-rules --no-print-directory
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint table1-small reproduce-table1 runs clean
 
-ifdef PYTHON
+ifeq ($(origin PYTHON),command line)
 READY :=
 else
 PYTHON := .venv/bin/python
@@ -17,7 +17,7 @@ READY := .venv/installed
 endif
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z0-9-]*\):.*  ## /\1: /p' Makefile | awk -F ': ' '{ printf "make %-18s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z0-9-]*\):.*  ## /\1	/p' Makefile | awk -F '\t' '{ printf "make %-16s  %s\n", $$1, $$2 }'
 
 demo: $(READY)  ## all methods on scikit-learn's digits: a table and a figure, in two minutes
 	rm -rf demo

@@ -3,7 +3,7 @@
     python baselines.py --method sp --dataset digits --arch small --mega-batches 4 --epochs 10
     python baselines.py --method dash --set alpha=0.3 floor=0.1 --dataset cifar10 --out dash-1.json
 
-Every function here has the signature that `lure.run` documents: `method_(model, pi, seen, fresh, generator, **own)`
+Every method has the signature that `lure.run` documents: `method_(model, pi, seen, fresh, generator, **own)`
 changes the model in place between two mega-batches and returns its mask (True: kept) or None.
 """
 
@@ -38,7 +38,7 @@ def scratch_(model, pi, seen, fresh, generator) -> None:
 def shrink_and_perturb_(model, pi, seen, fresh, generator, shrink=0.4, noise=0.001) -> None:
     """θ ← shrink · θ + noise · θ_fresh for every parameter (Ash & Adams 2020, arXiv 1910.08475).
 
-    θ_fresh is a newly initialised network. The defaults are LURE's (Appendix A.2); the method's own: 0.4, 0.1.
+    θ_fresh is a newly initialised network. Defaults: LURE's (Appendix A.2); the method's own are 0.4, 0.1.
     """
     for p, new in zip(model.parameters(), fresh().parameters(), strict=True):
         p.mul_(shrink).add_(new, alpha=noise)
@@ -47,9 +47,11 @@ def shrink_and_perturb_(model, pi, seen, fresh, generator, shrink=0.4, noise=0.0
 def dash_(model, pi, seen, fresh, generator, alpha=0.3, floor=0.3) -> None:
     """Shrink what does not point down the loss (DASH, Shin et al. 2024, arXiv 2410.23495).
 
-    G ← (1 − alpha) · G + alpha · (−∇L), from 0, over the mega-batches that `seen` yields, each as one batch. Then
-    each group w of a weight is scaled by clamp(cos(G_w, w), floor, 1). Groups: of a convolution the kernel between
-    one input and one output channel, of a linear layer a row, of either the whole bias. Defaults: the method's.
+    G ← (1 − alpha) · G + alpha · (−∇L), from 0, over the mega-batches that `seen` yields, each as one batch.
+    Then each group w of a weight is scaled by
+    clamp(cos(G_w, w), floor, 1). Groups: the kernel between an input and an output channel of a
+    convolution, a row of a linear layer, the bias of either. Evaluation mode.
+    Defaults: the method's.
     """
     layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     parameters = [p for m in layers for p in (m.weight, m.bias) if p is not None]
@@ -66,11 +68,11 @@ def dash_(model, pi, seen, fresh, generator, alpha=0.3, floor=0.3) -> None:
 
 @torch.no_grad()
 def fire_(model, pi, seen, fresh, generator, steps=10) -> None:
-    """Move every weight matrix towards its nearest semi-orthogonal one (FIRE, Han et al. 2026, arXiv 2602.08040).
+    """Move every weight matrix towards a semi-orthogonal one (FIRE, Han et al. 2026, arXiv 2602.08040).
 
-    X ← 1.5 · X − 0.5 · X Xᵀ X, `steps` times from X = W / ‖W‖_F (Newton–Schulz), for each linear weight W, out × in,
-    and each of the k · k spatial slices of a convolution; W becomes √(out / in) / (k · k) · X. No data. Small
-    singular values do not arrive in ten steps, the method's default.
+    X ← 1.5 · X − 0.5 · X Xᵀ X, `steps` times from X = W / ‖W‖_F (Newton–Schulz), for each linear weight W,
+    out × in, and each of the k · k spatial slices of a convolution; W becomes √(out / in) / (k · k) · X.
+    No data. In ten steps, the method's default, small singular values do not arrive.
     """
     for m in model.modules():
         if isinstance(m, (nn.Conv2d, nn.Linear)):
@@ -120,8 +122,8 @@ def redraw_layers_(model, new, prefixes: tuple[str, ...]) -> None:
 def fisher_(model, pi, seen, fresh, generator, keep=0.8, chunk=1) -> dict[str, Tensor]:
     """LURE with the empirical Fisher information as its criterion (FIM in Table 8).
 
-    The squared gradient of the loss by the weight, averaged over `chunk` samples of π at a time: single ones, by
-    default. Evaluation mode.
+    The squared gradient by the weight of the mean loss of `chunk` samples, one by default, averaged over π.
+    Evaluation mode.
     """
     weights = connections(model)
     scores = {name: torch.zeros_like(p) for name, p in weights.items()}
@@ -155,7 +157,7 @@ def keep_top_(model, scores, keep, generator) -> dict[str, Tensor]:
 
 
 def loss_gradient(model, parameters, images, labels, chunk=256) -> list[Tensor]:
-    """∂L/∂θ for each of `parameters`: L the mean cross-entropy over all images, `chunk` at a time, evaluation mode."""
+    """∂L/∂θ for each of `parameters`, L the mean cross-entropy over all images, in evaluation mode."""
     parameters, training = list(parameters), model.training
     total = [torch.zeros_like(p) for p in parameters]
     model.eval()
@@ -191,7 +193,7 @@ class Config(lure.Config):
 
 
 def method(config: Config):
-    """The method that the configuration names, with its own settings. ValueError for one that it does not have."""
+    """The method that the configuration names, with its own settings. ValueError for one it does not have."""
     function = METHODS[config.method]
     own = {name: p.default for name, p in list(inspect.signature(function).parameters.items())[5:]}
     given = {"keep": config.keep} if own.pop("keep", None) else {}

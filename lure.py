@@ -110,10 +110,10 @@ def mega_batches(
 ) -> Iterator[MegaBatch]:
     """Divide the samples at random into a stream of mega-batches, int64 index tensors on the CPU.
 
-    Sizes differ by at most one; `val` is round(val_fraction · size) of each; all `val` and `new` are disjoint. Of
-    the earlier training samples, `train` adds to `new` all (replay "full"), none ("none") or at most
-    `buffer_size`, a uniform sample of them ("buffer": a true one, what has left it never returns). ValueError for
-    an argument out of range, and where a mega-batch would have nothing to train on.
+    Sizes differ by at most one; `val` is round(val_fraction · size) of it; all `val` and `new` are disjoint.
+    Of the earlier training samples, `train` adds to `new` all (replay "full"), none ("none") or at most
+    `buffer_size`, a uniform sample ("buffer": a true one, what has left it never returns). ValueError for an
+    argument out of range, and where a mega-batch would have nothing to train on.
     """
     if replay not in ("full", "buffer", "none") or not 0 <= val_fraction < 1 or buffer_size < 0:
         raise ValueError(f"replay {replay!r}, buffer {buffer_size} or val_fraction {val_fraction} cannot be")
@@ -137,9 +137,9 @@ def connection_sensitivity(model, images, labels, chunk=256) -> dict[str, Tensor
     """SNIP's connection sensitivity s_j = |g_j| / Σ_k |g_k| (Eq. 2; Lee et al. 2018, arXiv 1810.02340).
 
     `images` (N, …) go to the model unchanged, `chunk` at a time; `labels` (N,) int64; L is the mean
-    cross-entropy over all N, in evaluation mode. Returns scores >= 0, in shape and dtype of the weight, for every
-    parameter of two or more dimensions that requires a gradient (a connection, not a bias or normalisation);
-    all together sum to 1, or are 0 if L reaches no weight. The model, its gradients and the random state stay.
+    cross-entropy over all N, in evaluation mode. Returns scores >= 0, of the weight's shape and dtype, for a
+    parameter of two or more dimensions that requires a gradient (a connection, not a bias or normalisation).
+    Together they sum to 1, or are 0 if L reaches none. Model, gradients and random state stay as they were.
     """
     weights = {name: p for name, p in model.named_parameters() if p.ndim >= 2 and p.requires_grad}
     gradients = [torch.zeros_like(p) for p in weights.values()]
@@ -166,8 +166,8 @@ def top_k_mask(scores: dict[str, Tensor], keep: float) -> dict[str, Tensor]:
     """M_j = 1[s_j >= s̃_k] (section 3): True for the k = round(keep · m) largest of all m scores together.
 
     Exactly k: of equal scores the earlier is kept (order of the dict, then row-major), where the paper's
-    indicator would keep them all. Bool tensors of the scores' names and shapes, in time linear in m. ValueError
-    unless 0 < keep <= 1 and no score is NaN.
+    indicator would keep them all. Bool tensors of the scores' names and shapes, in time linear in m.
+    ValueError unless 0 < keep <= 1 and no score is NaN.
     """
     if not 0 < keep <= 1 or any(s.isnan().any() for s in scores.values()):
         raise ValueError(f"expected keep in (0, 1] and scores without NaN; keep is {keep}")
@@ -186,8 +186,8 @@ def reinitialize_(model: nn.Module, mask: dict[str, Tensor], generator: torch.Ge
     """Redraw in place the weights whose mask is False (Eq. 3), no other value changes. Returns how many.
 
     New values: U(−1/√fan_in, 1/√fan_in), fan_in the product of all dimensions but the first, drawn on the
-    generator's device. `mask`: parameter name → bool tensor of its shape; ValueError, with nothing changed, for
-    a name or a shape that the model does not have.
+    generator's device. `mask`: parameter name → bool tensor of its shape. ValueError, with nothing changed,
+    for a name or a shape that the model does not have.
     """
     parameters = dict(model.named_parameters())
     for name, m in mask.items():
@@ -201,7 +201,7 @@ def reinitialize_(model: nn.Module, mask: dict[str, Tensor], generator: torch.Ge
 
 
 def unlearn_(model, images, labels, keep=0.8, generator=None) -> dict[str, Tensor]:
-    """LURE's step on the sample π = (images, labels): measure, keep the top, redraw the rest. Returns the mask."""
+    """LURE's step on the sample π = (images, labels): score, keep, redraw. Returns the mask."""
     mask = top_k_mask(connection_sensitivity(model, images, labels), keep)
     reinitialize_(model, mask, generator)
     return mask
@@ -241,8 +241,9 @@ PREPROCESSING = dict.fromkeys(DATASETS, (*CIFAR10, 4, True)) | {
 }
 RESTRICTED_IMAGENET = {  # balanced; inclusive ranges of the index of the 1000 sorted class folders
     "bird": (10, 14), "turtle": (33, 37), "lizard": (42, 46), "spider": (72, 76), "crab": (118, 122),
-    "dog": (200, 204), "cat": (281, 285), "big cat": (286, 290), "beetle": (302, 306), "butterfly": (322, 326),
-    "monkey": (371, 374), "fish": (393, 397), "fruit": (948, 952), "fungus": (992, 996),
+    "dog": (200, 204), "cat": (281, 285), "big cat": (286, 290), "beetle": (302, 306),
+    "butterfly": (322, 326), "monkey": (371, 374), "fish": (393, 397), "fruit": (948, 952),
+    "fungus": (992, 996),
 }  # fmt: skip
 
 
@@ -364,9 +365,9 @@ def write(path, save) -> None:
 def build_model(arch, num_classes, in_channels=3, mean=CIFAR10[0], std=CIFAR10[1], generator=None):
     """One of `ARCHITECTURES` for small images: float (N, C, H, W) in [0, 1] → logits (N, num_classes).
 
-    torchvision's ResNets with a 3×3 stem of stride 1 and no max-pool; its VGG16-BN without the fifth max-pool,
-    then global average pooling and a linear layer; small: ResNet18 at width 16. Convolutions start Kaiming-normal
-    (fan-out). It normalises its input itself. With a generator, the weights are a function of that alone.
+    torchvision's ResNets with a 3×3 stem of stride 1 and no max-pool; its VGG16-BN without the fifth max-pool
+    but with global average pooling and one linear layer; small: ResNet18 at width 16. Convolutions start
+    Kaiming-normal (fan-out). It normalises its input. With a generator, its weights depend on that alone.
     """
     with torch.random.fork_rng([], enabled=generator is not None):
         if generator is not None:
@@ -410,20 +411,23 @@ def to_input(pixels: Tensor) -> Tensor:
     return pixels.permute(0, 3, 1, 2).float() / 255
 
 
-def augmented(padded: Tensor, index: Tensor, padding: int, flip: bool, generator) -> Tensor:
-    """Gather, crop and flip at random in one indexing of uint8 (N, H + 2·padding, W + 2·padding, C)."""
-    shape, device = (len(index), 1, 1), padded.device
-    top, left = torch.randint(2 * padding + 1, (2, *shape), device=device, generator=generator)
-    rows = torch.arange(padded.shape[1] - 2 * padding, device=device)[:, None]
-    columns = torch.arange(padded.shape[2] - 2 * padding, device=device).expand(len(index), 1, -1)
+def augmented(pixels: Tensor, index: Tensor, padding: int, flip: bool, generator: torch.Generator) -> Tensor:
+    """Gather, crop and flip at random, in one indexing of the uint8 data set (N, H, W, C)."""
+    (_, height, width, _), shape, device = pixels.shape, (len(index), 1, 1), pixels.device
+    top, left = torch.randint(-padding, padding + 1, (2, *shape), device=device, generator=generator)
+    rows = top + torch.arange(height, device=device)[:, None]
+    columns = torch.arange(width, device=device).expand(len(index), 1, width)
     if flip:
         mirrored = torch.rand(shape, device=device, generator=generator) < 0.5
         columns = torch.where(mirrored, columns.flip(-1), columns)
-    return to_input(padded[index[:, None, None], top + rows, left + columns])
+    columns = left + columns
+    inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)  # the padding is black
+    cropped = pixels[index[:, None, None], rows.clamp(0, height - 1), columns.clamp(0, width - 1)]
+    return to_input(cropped * inside[..., None])
 
 
-def train_epoch_(model, optimizer, padded, labels, train, config, generator) -> tuple[Tensor, Tensor]:
-    """One epoch on the samples `train`, without a host synchronisation. Returns running mean loss and accuracy."""
+def train_epoch_(model, optimizer, pixels, labels, train, config, generator) -> tuple[Tensor, Tensor]:
+    """One epoch on the samples `train`, without a synchronisation. Returns running mean loss and accuracy."""
     *_, padding, flip = PREPROCESSING[config.dataset]
     order = train[torch.randperm(len(train), device=train.device, generator=generator)]
     batches = list(order.split(config.batch_size))
@@ -433,7 +437,7 @@ def train_epoch_(model, optimizer, padded, labels, train, config, generator) -> 
     model.train()
     for index in batches:
         with torch.autocast(train.device.type, torch.bfloat16, enabled=train.is_cuda):
-            logits = model(augmented(padded, index, padding, flip, generator))
+            logits = model(augmented(pixels, index, padding, flip, generator))
         loss = F.cross_entropy(logits.float(), labels[index])
         optimizer.zero_grad()
         loss.backward()
@@ -443,17 +447,18 @@ def train_epoch_(model, optimizer, padded, labels, train, config, generator) -> 
     return total_loss / len(train), correct / len(train)
 
 
-def learn_(model, optimizer, padded, pixels, labels, train, val, config, generator, bar) -> float:
-    """Train on one mega-batch's samples `train`, in place. Returns the last epoch's running accuracy, percent."""
+def learn_(model, optimizer, pixels, labels, train, val, config, generator, bar) -> float:
+    """Train on the samples `train` for a mega-batch. Returns the last epoch's running accuracy, percent."""
     best, weights = -1.0, None
     for epoch in range(config.epochs):
         decays = (5 * epoch >= 2 * config.epochs) + (5 * epoch >= 4 * config.epochs)  # of 50, at 20 and at 40
         optimizer.param_groups[0]["lr"] = config.lr * config.gamma**decays
-        loss, running = train_epoch_(model, optimizer, padded, labels, train, config, generator)
+        loss, running = train_epoch_(model, optimizer, pixels, labels, train, config, generator)
         if not loss.isfinite():
             raise FloatingPointError(f"{bar.desc}epoch {epoch + 1}: the loss is {float(loss)}, not finite")
         if config.select == "best-val":
-            if (accuracy := evaluate(model, pixels, labels, val)["accuracy"]) > best:
+            accuracy = evaluate(model, pixels[val], labels[val])["accuracy"]
+            if accuracy > best:
                 best, weights = accuracy, copy.deepcopy(model.state_dict())
         bar.update(len(train))
     if weights:
@@ -462,12 +467,12 @@ def learn_(model, optimizer, padded, pixels, labels, train, val, config, generat
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, pixels: Tensor, labels: Tensor, index: Tensor) -> dict:
-    """Accuracy (percent), errors (count), loss, ECE ([0, 1]) on uint8 (N, H, W, C): evaluation mode, float32."""
-    if len(index) == 0:
+def evaluate(model: nn.Module, pixels: Tensor, labels: Tensor) -> dict:
+    """Accuracy (percent), errors (count), loss and ECE ([0, 1]): evaluation mode, float32, not augmented."""
+    if len(labels) == 0:
         return dict(accuracy=None, errors=0, loss=None, ece=None)
     model.eval()
-    logits, labels = torch.cat([model(to_input(pixels[i])) for i in index.split(1000)]), labels[index]
+    logits = torch.cat([model(to_input(part)) for part in pixels.split(1000)])
     errors, loss = int((logits.argmax(1) != labels).sum()), float(F.cross_entropy(logits, labels))
     ece = expected_calibration_error(logits.softmax(1), labels)
     return dict(accuracy=100 * (1 - errors / len(labels)), errors=errors, loss=loss, ece=ece)
@@ -492,12 +497,12 @@ def pick_device(name: str) -> torch.device:
 def run(config: Config, forget=lure_) -> dict:
     """Algorithm 1. Returns the record of the run, and writes it to `config.out`.
 
-    `forget(model, pi, seen, fresh, generator)` changes the model in place between two mega-batches and returns
-    its mask (True: kept) or None. `pi` is the sample π, (images, labels); `seen()` yields one such pair per
+    `forget(model, pi, seen, fresh, generator)` changes the model in place between mega-batches and returns its
+    mask (True: kept) or None. `pi` is the sample π, (images, labels); `seen()` yields one such pair per
     mega-batch of which the replay policy still holds samples; images are float in [0, 1], not augmented;
     `fresh()` builds a newly initialised network. At one seed, data, order and start are the same for every
-    `forget`. ValueError for settings that cannot be, DataError for data, FloatingPointError for a loss that is
-    not finite.
+    `forget`. ValueError for settings that cannot be, DataError for data, FloatingPointError for a loss that
+    is not finite.
     """
     from tqdm import tqdm
 
@@ -507,9 +512,8 @@ def run(config: Config, forget=lure_) -> dict:
     stream_rng, start_rng, forget_rng = (torch.Generator().manual_seed(4 * c.seed + i) for i in range(3))
     order_rng = torch.Generator(device).manual_seed(4 * c.seed + 3)
     data = load_dataset(c.dataset, c.data, c.cache, c.image_size, c.limit, c.limit_test, c.shots)
-    mean, std, p, _ = PREPROCESSING[c.dataset]
-    padded = F.pad(data.images.permute(0, 2, 3, 1), (0, 0, p, p, p, p)).to(device)
-    pixels = padded[:, p : padded.shape[1] - p, p : padded.shape[2] - p]
+    mean, std, *_ = PREPROCESSING[c.dataset]
+    pixels = data.images.permute(0, 2, 3, 1).contiguous().to(device)
     labels = corrupt_labels(data.labels, len(data.classes), c.label_noise, stream_rng).to(device)
     test = data.test_images.permute(0, 2, 3, 1).to(device), data.test_labels.to(device)
     stream = mega_batches(len(labels), c.mega_batches, c.replay, c.buffer_size, c.val_fraction, stream_rng)
@@ -530,13 +534,13 @@ def run(config: Config, forget=lure_) -> dict:
         val = torch.cat([b.val for b in stream[: i + 1]]) if c.replay == "full" else batch.val
         if optimizer is None or not c.keep_momentum:
             optimizer = torch.optim.SGD(model.parameters(), c.lr, c.momentum, weight_decay=c.weight_decay)
-        running = learn_(model, optimizer, padded, pixels, labels, batch.train, val, c, order_rng, bar)
+        running = learn_(model, optimizer, pixels, labels, batch.train, val, c, order_rng, bar)
         seconds = time.perf_counter() - start
         row = dict(image_passes=passes, seconds=seconds, images_per_second=passes / seconds)
         row |= dict(redrawn=0.0, generalization_gap=None, running_train_accuracy=running)
-        row["train"] = evaluate(model, pixels, labels, batch.train)
-        row["val"] = evaluate(model, pixels, labels, val)
-        row["test"] = evaluate(model, *test, torch.arange(len(test[1]), device=device))
+        row["train"] = evaluate(model, pixels[batch.train], labels[batch.train])
+        row["val"] = evaluate(model, pixels[val], labels[val])
+        row["test"] = evaluate(model, *test)
         if len(val):
             row["generalization_gap"] = generalization_gap(row["train"]["accuracy"], row["val"]["accuracy"])
         if i + 1 < len(stream):  # unlearn
@@ -601,7 +605,7 @@ def provenance(device: torch.device, data: Dataset) -> dict:
 
 
 def main(argv=None, options=Config, method=lambda config: partial(lure_, keep=config.keep)) -> int:
-    """The command line: 0, or 2 for a wrong call, 1 for wrong data or a loss that diverged, 130 if interrupted."""
+    """The command line. Returns 0; 2: a wrong call; 1: wrong data, or a loss not finite; 130: interrupted."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     for f in fields(options):
         choices = f" ({', '.join(f.metadata['choices'])})" if f.metadata["choices"] else ""
