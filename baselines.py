@@ -48,10 +48,9 @@ def dash_(model, pi, seen, fresh, generator, alpha=0.3, floor=0.3) -> None:
     """Shrink what does not point down the loss (DASH, Shin et al. 2024, arXiv 2410.23495).
 
     G ← (1 − alpha) · G + alpha · (−∇L), from 0, over the mega-batches that `seen` yields, each as one batch.
-    Then each group w of a weight is scaled by
-    clamp(cos(G_w, w), floor, 1). Groups: the kernel between an input and an output channel of a
-    convolution, a row of a linear layer, the bias of either. Evaluation mode.
-    Defaults: the method's.
+    Then each group w of a weight is scaled by clamp(cos(G_w, w), floor, 1): the kernel between an input and
+    an output channel of a convolution, a row of a linear layer, the bias of either. Evaluation mode. The
+    defaults are the method's.
     """
     layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     parameters = [p for m in layers for p in (m.weight, m.bias) if p is not None]

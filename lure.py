@@ -497,7 +497,7 @@ def pick_device(name: str) -> torch.device:
 def run(config: Config, forget=lure_) -> dict:
     """Algorithm 1. Returns the record of the run, and writes it to `config.out`.
 
-    `forget(model, pi, seen, fresh, generator)` changes the model in place between mega-batches and returns its
+    `forget(model, pi, seen, fresh, generator)` changes the model in place between mega-batches and returns a
     mask (True: kept) or None. `pi` is the sample π, (images, labels); `seen()` yields one such pair per
     mega-batch of which the replay policy still holds samples; images are float in [0, 1], not augmented;
     `fresh()` builds a newly initialised network. At one seed, data, order and start are the same for every
