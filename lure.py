@@ -604,6 +604,16 @@ def provenance(device: torch.device, data: Dataset) -> dict:
     )
 
 
+def guarded(program: str, call) -> int:
+    """Call and return the exit status. An error that is the user's to mend is one line, not a traceback."""
+    try:
+        call()
+    except (ValueError, DataError, OSError, FloatingPointError, KeyboardInterrupt) as error:
+        print(f"{program}: {error or 'interrupted'}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 130 if isinstance(error, KeyboardInterrupt) else 1
+    return 0
+
+
 def main(argv=None, options=Config, method=lambda config: partial(lure_, keep=config.keep)) -> int:
     """The command line. Returns 0; 2: a wrong call; 1: wrong data, or a loss not finite; 130: interrupted."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -613,13 +623,13 @@ def main(argv=None, options=Config, method=lambda config: partial(lure_, keep=co
         kind = dict(nargs="*", metavar="KEY=VALUE") if f.default == () else kind
         text = f"{f.metadata['help']}{choices}; default: {f.default}"
         parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=text, **kind)
-    try:
-        config = options(**vars(parser.parse_args(argv)))
+    arguments = vars(parser.parse_args(argv))
+
+    def call():
+        config = options(**arguments)
         print(json.dumps(run(config, method(config))["totals"], indent=1))
-    except (ValueError, DataError, OSError, FloatingPointError, KeyboardInterrupt) as error:
-        print(f"{parser.prog}: {error or 'interrupted'}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 130 if isinstance(error, KeyboardInterrupt) else 1
-    return 0
+
+    return guarded(parser.prog, call)
 
 
 if __name__ == "__main__":
