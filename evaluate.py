@@ -26,8 +26,8 @@ from lure import DataError, expected_calibration_error
 def reliability_bins(probabilities: Tensor, labels: Tensor, bins: int = 15) -> dict[str, Tensor]:
     """The reliability diagram behind `expected_calibration_error`, over the same bins of top-1 confidence.
 
-    `probabilities` (N, C), `labels` (N,) int64. Returns float64 tensors (bins,): `count`, the samples in a bin,
-    and their `accuracy` and mean `confidence`, in [0, 1], both 0 where the bin is empty.
+    `probabilities` (N, C), `labels` (N,) int64. Returns float64 tensors (bins,): the `count` of samples in a
+    bin, and their `accuracy` and mean `confidence`, in [0, 1], both 0 where it is empty.
     """
     confidence, prediction = probabilities.double().max(dim=1)
     edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64, device=labels.device)
@@ -193,6 +193,12 @@ def metrics(path: Path, args: argparse.Namespace) -> dict:
     return result
 
 
+def summary(result: dict) -> str:
+    return json.dumps(
+        {k: result[k] for k in ("accuracy", "ece", "pgd", "weight_noise", "mca") if k in result}
+    )
+
+
 # ------------------------------------------------------------ A folder's report
 
 NAMES = {"warm-start": "Warm start", "sp": "S&P", "llf": "LLF", "lure": "LURE", "scratch": "Scratch"}
@@ -235,7 +241,7 @@ def load_runs(folder: Path) -> tuple[dict[str, list[dict]], dict[str, dict]]:
 
 
 def differences(record: dict, other: dict, apart: set) -> dict:
-    """The options of `record`, but those `apart`, in which the other one differs; `data` is the data's hash."""
+    """The options of `record`, but those `apart`, that the other has otherwise; `data` is the data's hash."""
     mine, theirs = record["config"], other["config"]
     apart = apart | lure.PATHS - {"data"}
     return {k: mine.get(k) for k in mine | theirs if k not in apart and mine.get(k) != theirs.get(k)}
@@ -248,7 +254,7 @@ def compare(record: dict, other: dict, apart: set) -> None:
 
 
 def report(folder: Path) -> str:
-    """A folder's runs as a Markdown table, beside the paper's if it has them. Writes that and figures there."""
+    """A folder's runs as a Markdown table, beside the paper's if it has any. Writes it and figures there."""
     runs, variants = load_runs(folder)
     names = {}
     for row, options in variants.items():
@@ -388,7 +394,7 @@ def main(argv=None) -> int:
     command.add_argument("--data", help="folder of the data set, if it has moved")
     command.add_argument("--cache", default=".cache", help="folder for decoded images")
     command.add_argument("--device", default="auto")
-    command.set_defaults(run=lambda path, args: print(json.dumps(metrics(path, args))))
+    command.set_defaults(run=lambda path, args: print(path, summary(metrics(path, args))))
     args = parser.parse_args(argv)
     return lure.guarded(parser.prog, lambda: [args.run(path, args) for path in args.paths])
 

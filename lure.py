@@ -519,6 +519,9 @@ def run(config: Config, forget=lure_) -> dict:
     stream = mega_batches(len(labels), c.mega_batches, c.replay, c.buffer_size, c.val_fraction, stream_rng)
     stream = [MegaBatch(*(index.to(device) for index in batch)) for batch in stream]
 
+    if c.arch == "vgg16_bn" and min(pixels.shape[1:3]) < 16:
+        raise ValueError("--arch vgg16_bn: expected images of at least 16×16 pixels, for its four max-pools")
+
     def build(generator):
         model = build_model(c.arch, len(data.classes), data.images.shape[1], mean, std, generator)
         return model.to(device, memory_format=torch.channels_last)
@@ -609,7 +612,7 @@ def guarded(program: str, call) -> int:
     try:
         call()
     except (ValueError, DataError, OSError, FloatingPointError, KeyboardInterrupt) as error:
-        print(f"{program}: {error or 'interrupted'}", file=sys.stderr)
+        print(f"{program}: {str(error) or 'interrupted'}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 130 if isinstance(error, KeyboardInterrupt) else 1
     return 0
 

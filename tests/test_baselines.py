@@ -1,0 +1,493 @@
+import copy
+import json
+import math
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import baselines
+import lure
+
+seeds = st.integers(0, 2**32 - 1)
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def state(model):
+    return {name: t.clone() for name, t in model.state_dict().items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def net(seed, dtype=torch.float64):
+    """Convolutions with and without bias, a batch norm with statistics of its own, two linear layers."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        model = nn.Sequential(
+            nn.Conv2d(2, 3, 3, padding=1, bias=False),
+            nn.BatchNorm2d(3),
+            nn.Tanh(),
+            nn.Conv2d(3, 4, 2),
+            nn.Dropout(0.5),
+            nn.Flatten(),
+            nn.Linear(16, 5),
+            nn.Tanh(),
+            nn.Linear(5, 3, bias=False),
+        )
+        for tensor in (*model[1].parameters(), model[1].running_mean, model[1].running_var):
+            tensor.data.uniform_(0.5, 1.5)
+    return model.to(dtype)
+
+
+def batch(seed, n=5, dtype=torch.float64):
+    generator = seeded(seed)
+    images = torch.rand(n, 2, 3, 3, generator=generator, dtype=dtype)
+    return images, torch.randint(3, (n,), generator=generator)
+
+
+def apply(method, model, pi=None, seen=(), fresh=None, seed=0, **own):
+    return method(model, pi, lambda: iter(seen), fresh, seeded(seed), **own)
+
+
+# ------------------------------------------------------------ Everything or nothing
+
+
+def test_warm_start_changes_nothing():
+    model = net(1).train()
+    before = state(model)
+    assert apply(baselines.warm_start, model, batch(1), [batch(1)], partial(net, 2)) is None
+    assert same(state(model), before) and model.training
+
+
+def test_scratch_gives_the_fresh_network_with_its_statistics():
+    model = net(1)
+    identities = [id(p) for p in model.parameters()]
+    assert apply(baselines.scratch_, model, fresh=partial(net, 2)) is None
+    assert same(state(model), state(net(2))) and not torch.equal(
+        net(1)[1].running_mean, net(2)[1].running_mean
+    )
+    assert [id(p) for p in model.parameters()] == identities
+
+
+# ------------------------------------------------------------ Every weight a little
+
+
+@given(seeds, st.floats(0, 1), st.floats(0, 1))
+def test_shrink_and_perturb_mixes_every_parameter_with_a_fresh_one(seed, shrink, noise):
+    model, new = net(seed), net(seed ^ 1)
+    expected = state(model)
+    for name, p in new.named_parameters():
+        expected[name] = shrink * expected[name] + noise * p.detach()
+    arguments = dict(shrink=shrink, noise=noise)
+    assert apply(baselines.shrink_and_perturb_, model, fresh=partial(net, seed ^ 1), **arguments) is None
+    torch.testing.assert_close(state(model), expected)
+    assert same(dict(model.named_buffers()), dict(net(seed).named_buffers()))
+
+
+def test_shrink_and_perturb_has_the_constants_of_the_paper():
+    model, new = net(1), net(2)
+    apply(baselines.shrink_and_perturb_, model, fresh=partial(net, 2))
+    for p, old, q in zip(model.parameters(), net(1).parameters(), new.parameters(), strict=True):
+        torch.testing.assert_close(p, 0.4 * old + 0.001 * q)
+
+
+def slow_dash(model, batches, alpha, floor):
+    """DASH by loops over the kernels of a convolution and the rows of a linear layer; returns parameters."""
+    model = copy.deepcopy(model).eval()
+    names = [n for n, _ in model.named_parameters() if not n.startswith("1.")]
+    parameters = dict(model.named_parameters())
+    ascent = {n: torch.zeros_like(parameters[n]) for n in names}
+    for images, labels in batches:
+        model.zero_grad()
+        nn.functional.cross_entropy(model(images), labels).backward()
+        for n in names:
+            ascent[n] = (1 - alpha) * ascent[n] + alpha * -parameters[n].grad
+    result = {n: p.detach().clone() for n, p in parameters.items()}
+    for n in names:
+        w, g = result[n], ascent[n]
+        if w.ndim == 4:
+            groups = [(o, i) for o in range(w.shape[0]) for i in range(w.shape[1])]
+        else:
+            groups = list(range(w.shape[0])) if w.ndim == 2 else [...]
+        for group in groups:
+            dot = sum(
+                a * b for a, b in zip(w[group].flatten().tolist(), g[group].flatten().tolist(), strict=True)
+            )
+            norms = math.sqrt(float(w[group].square().sum() * g[group].square().sum()))
+            cosine = dot / norms if norms > 0 else 0.0
+            w[group] = w[group] * min(max(cosine, floor), 1.0)
+    return result
+
+
+@settings(max_examples=20)
+@given(
+    seeds,
+    st.floats(0.01, 1),
+    st.sampled_from([0.0, 0.1, 0.3, 1.0]),
+    st.lists(st.integers(1, 6), max_size=3),
+)
+def test_dash_shrinks_each_group_by_its_cosine_with_the_descent(seed, alpha, floor, sizes):
+    model = net(seed).train()
+    batches = [batch(seed + i, n) for i, n in enumerate(sizes)]
+    expected = slow_dash(model, batches, alpha, floor)
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
+    assert apply(baselines.dash_, model, seen=batches, alpha=alpha, floor=floor) is None
+    torch.testing.assert_close({n: p.detach() for n, p in model.named_parameters()}, expected)
+    assert same(dict(model.named_buffers()), buffers) and model.training
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_dash_has_the_constants_of_the_method():
+    model, batches = net(1), [batch(1), batch(2)]
+    expected = slow_dash(model, batches, 0.3, 0.3)
+    apply(baselines.dash_, model, seen=batches)
+    torch.testing.assert_close({n: p.detach() for n, p in model.named_parameters()}, expected)
+
+
+@pytest.mark.parametrize("scale", [1e-2, 1e-6, 1e-9])
+def test_dash_looks_at_the_direction_of_a_gradient_not_at_its_length(scale):
+    model, (images, labels) = nn.Linear(3, 3, bias=False).double(), batch(1, 8)
+    images = images.flatten(1)[:, :3]
+    with torch.no_grad():
+        model.weight.copy_(torch.randn(3, 3, generator=seeded(1)) / 1000)
+    expected = copy.deepcopy(model)
+    apply(baselines.dash_, model, seen=[(scale * images, labels)], floor=0.0)
+    expected = slow_dash(expected, [(scale * images, labels)], 0.3, 0.0)
+    torch.testing.assert_close(model.weight.detach(), expected["weight"], rtol=1e-6, atol=0)
+
+
+def svd_fire(matrix, steps):
+    """The Newton-Schulz polynomial on the singular values alone, then FIRE's factor for a linear layer."""
+    u, s, v = torch.linalg.svd(matrix / torch.linalg.matrix_norm(matrix), full_matrices=False)
+    for _ in range(steps):
+        s = 1.5 * s - 0.5 * s**3
+    return (matrix.shape[0] / matrix.shape[1]) ** 0.5 * u @ torch.diag(s) @ v
+
+
+@given(seeds, st.integers(1, 7), st.integers(1, 7), st.integers(0, 12))
+def test_fire_maps_the_singular_values_of_a_linear_weight(seed, rows, columns, steps):
+    model = nn.Linear(columns, rows).double()
+    with torch.no_grad():
+        model.weight.copy_(torch.randn(rows, columns, generator=seeded(seed)))
+    before = state(model)
+    assert apply(baselines.fire_, model, steps=steps) is None
+    torch.testing.assert_close(model.weight.detach(), svd_fire(before["weight"], steps))
+    assert torch.equal(model.bias, before["bias"])
+
+
+@settings(max_examples=15)
+@given(
+    seeds, st.integers(1, 5), st.integers(1, 5), st.sampled_from([1, 2, 3]), st.integers(1, 12), st.booleans()
+)
+def test_fire_maps_each_spatial_slice_of_a_convolution(seed, out, inputs, k, steps, channels_last):
+    model = nn.Conv2d(inputs, out, k).double()
+    with torch.no_grad():
+        model.weight.copy_(torch.randn(out, inputs, k, k, generator=seeded(seed)))
+    if channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    before = state(model)
+    apply(baselines.fire_, model, steps=steps)
+    for i in range(k):
+        for j in range(k):
+            expected = svd_fire(before["weight"][:, :, i, j], steps) / k**2
+            torch.testing.assert_close(model.weight.detach()[:, :, i, j], expected)
+    assert torch.equal(model.bias, before["bias"])
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(6, 4), (4, 6), (5, 5)])
+def test_fire_ends_at_a_semi_orthogonal_matrix(rows, columns):
+    model = nn.Linear(columns, rows).double()
+    u, _, v = torch.linalg.svd(torch.randn(rows, columns, generator=seeded(0)).double(), full_matrices=False)
+    with torch.no_grad():
+        model.weight.copy_(u @ torch.diag(torch.linspace(1, 3, 4 if rows != columns else 5).double()) @ v)
+    apply(baselines.fire_, model, steps=30)
+    torch.testing.assert_close(model.weight.detach(), (rows / columns) ** 0.5 * u @ v)
+
+
+def test_fire_takes_ten_steps_spares_batch_norms_and_bears_zeros():
+    model = net(1)
+    with torch.no_grad():
+        model[6].weight.zero_()
+    apply(baselines.fire_, model)
+    torch.testing.assert_close(model[8].weight.detach(), svd_fire(net(1)[8].weight.detach(), 10))
+    assert same(state(model[1]), state(net(1)[1])) and not model[6].weight.any()
+
+
+# ------------------------------------------------------------ Some layers wholly
+
+
+def build(arch, seed):
+    return lure.build_model(arch, 4, generator=seeded(seed))
+
+
+def changed(method, arch):
+    """Names of the parameters that the method takes from the fresh network; the rest must not move at all."""
+    model, new = build(arch, 1), build(arch, 2)
+    with torch.no_grad():
+        for tensor in model.state_dict().values():  # no value is what a fresh network starts with
+            if tensor.is_floating_point():
+                tensor.add_(0.125)
+    before = state(model)
+    assert apply(method, model, fresh=lambda: new) is None
+    names, fresh = set(), state(new)
+    for name, now in model.state_dict().items():
+        if torch.equal(now, before[name]):
+            continue
+        assert torch.equal(now, fresh[name])
+        names.add(name)
+    assert names <= dict(model.named_parameters()).keys()
+    return names, model
+
+
+def test_llf_redraws_blocks_3_and_4_of_a_resnet():
+    names, model = changed(baselines.later_layer_forgetting_, "small")
+    assert names == {n for n, _ in model.named_parameters() if n.split(".")[0] in ("layer3", "layer4")}
+    assert len(names) == 30
+
+
+def test_llf_redraws_the_last_two_stages_and_the_classifier_of_a_vgg():
+    names, model = changed(baselines.later_layer_forgetting_, "vgg16_bn")
+    convolutions = [int(n.split(".")[1]) for n, p in model.named_parameters() if p.ndim == 4]
+    late = convolutions[7:]
+    layers = [f"features.{i}" for c in late for i in (c, c + 1)] + ["classifier"]
+    assert len(convolutions) == 13 and names == {f"{n}.{kind}" for n in layers for kind in ("weight", "bias")}
+
+
+def test_llf_refuses_another_network_and_leaves_it():
+    model = net(1)
+    with pytest.raises(ValueError, match="Sequential"):
+        apply(baselines.later_layer_forgetting_, model, fresh=partial(net, 2))
+    assert same(state(model), state(net(1)))
+
+
+@pytest.mark.parametrize(("arch", "layer"), [("small", "fc"), ("vgg16_bn", "classifier")])
+def test_rifle_redraws_the_last_linear_layer(arch, layer):
+    assert changed(baselines.reset_classifier_, arch)[0] == {f"{layer}.weight", f"{layer}.bias"}
+
+
+def test_rifle_redraws_the_last_of_several_linear_layers():
+    model = net(1)
+    apply(baselines.reset_classifier_, model, fresh=partial(net, 2))
+    assert same(state(model), state(net(1)) | {"8.weight": net(2)[8].weight.detach()})
+
+
+# ------------------------------------------------------------ LURE with another criterion
+
+
+def slow_fisher(model, images, labels, chunk):
+    model = copy.deepcopy(model).eval()
+    scores = {n: torch.zeros_like(p) for n, p in model.named_parameters() if p.ndim >= 2}
+    for i in range(0, len(labels), chunk):
+        model.zero_grad()
+        x, y = images[i : i + chunk], labels[i : i + chunk]
+        nn.functional.cross_entropy(model(x), y).backward()
+        for n, p in model.named_parameters():
+            if n in scores:
+                scores[n] += p.grad**2 * len(y) / len(labels)
+    return scores
+
+
+def check_redrawn(mask, model, before):
+    for name, now in model.state_dict().items():
+        dropped = ~mask[name] if name in mask else torch.zeros_like(now, dtype=torch.bool)
+        assert torch.equal(now[~dropped], before[name][~dropped])
+        assert (now[dropped] != before[name][dropped]).all()
+        assert not dropped.any() or now[dropped].abs().max() <= (now.numel() / len(now)) ** -0.5
+
+
+def check_mask(mask, scores, keep, model, before):
+    """Exactly the top k by the scores are kept, the others redrawn. The scores have no ties but zeros."""
+    flat = [s for t in scores.values() for s in t.flatten().tolist()]
+    kept = set(sorted(range(len(flat)), key=lambda j: -flat[j])[: round(keep * len(flat))])
+    found = torch.cat([m.flatten() for m in mask.values()]).nonzero().flatten().tolist()
+    assert set(found) == kept and list(mask) == list(scores)
+    check_redrawn(mask, model, before)
+
+
+shares = st.sampled_from([0.001, 0.2, 0.5, 0.8, 1.0]) | st.floats(0.01, 1)
+
+
+@settings(max_examples=15)
+@given(seeds, shares, st.sampled_from([1, 2, 3, 256]), st.integers(1, 5))
+def test_fisher_keeps_the_largest_mean_squared_gradients(seed, keep, chunk, n):
+    model, pi = net(seed).train(), batch(seed, n)
+    before, scores = state(model), slow_fisher(model, *pi, chunk)
+    mask = apply(baselines.fisher_, model, pi, seed=seed, keep=keep, chunk=chunk)
+    check_mask(mask, scores, keep, model, before)
+    assert model.training and all(p.grad is None for p in model.parameters())
+
+
+def test_fisher_is_by_default_over_single_samples():
+    model, pi = net(1), batch(1)
+    before, scores = state(model), slow_fisher(model, *pi, chunk=1)
+    check_mask(apply(baselines.fisher_, model, pi), scores, 0.8, model, before)
+
+
+@given(seeds, shares)
+def test_magnitude_keeps_the_largest_weights(seed, keep):
+    model = net(seed)
+    before = state(model)
+    scores = {n: p.detach().abs().clone() for n, p in model.named_parameters() if p.ndim >= 2}
+    check_mask(apply(baselines.magnitude_, model, keep=keep, seed=seed), scores, keep, model, before)
+
+
+@given(seeds, shares, seeds)
+def test_random_keeps_a_share_by_the_generator_alone(seed, keep, other):
+    model, again, elsewhere = (net(1) for _ in range(3))
+    mask = apply(baselines.random_, model, seed=seed, keep=keep)
+    flat = torch.cat([m.flatten() for m in mask.values()])
+    assert mask.keys() == {n for n, p in model.named_parameters() if p.ndim >= 2}
+    assert int(flat.sum()) == round(keep * len(flat))
+    assert same(mask, apply(baselines.random_, again, seed=seed, keep=keep))
+    assert same(state(model), state(again))
+    check_redrawn(mask, model, state(net(1)))
+    different = apply(baselines.random_, elsewhere, seed=other, keep=keep)
+    assert other == seed or not 0.1 < keep < 0.9 or not same(mask, different)
+
+
+def test_random_keeps_every_weight_equally_often():
+    kept = sum(
+        torch.cat([m.flatten() for m in apply(baselines.random_, net(1), seed=s, keep=0.7).values()]).double()
+        for s in range(400)
+    )
+    assert (kept / 400 - 0.7).abs().max() < 4.5 * (0.21 / 400) ** 0.5
+
+
+def test_criteria_leave_frozen_weights_alone():
+    for method in (baselines.fisher_, baselines.magnitude_, baselines.random_):
+        model = net(1)
+        model[0].weight.requires_grad_(False)
+        mask = apply(method, model, batch(1), keep=0.1)
+        assert set(mask) == {"3.weight", "6.weight", "8.weight"}
+        assert torch.equal(model[0].weight, net(1)[0].weight)
+
+
+@settings(max_examples=10)
+@given(seeds, st.integers(1, 6), st.sampled_from([1, 2, 256]), st.booleans())
+def test_the_loss_gradient_is_of_the_mean_loss_in_evaluation_mode(seed, n, chunk, training):
+    model, (images, labels) = net(seed).train(training), batch(seed, n)
+    before = state(model)
+    found = baselines.loss_gradient(model, model.parameters(), images, labels, chunk)
+    assert same(state(model), before) and model.training == training
+    assert all(m.training == training for m in model.modules())
+    assert all(p.grad is None for p in model.parameters())
+    model.eval()
+    nn.functional.cross_entropy(model(images), labels).backward()
+    for g, p in zip(found, model.parameters(), strict=True):
+        torch.testing.assert_close(g, p.grad)
+
+
+# ------------------------------------------------------------ Command line
+
+TINY = dict(dataset="digits", arch="small", limit=120, limit_test=60, mega_batches=2, epochs=1, device="cpu")
+
+
+def call(*extra, **changes):
+    pairs = [x for k, v in (TINY | changes).items() for x in (f"--{k.replace('_', '-')}", str(v))]
+    return baselines.main([*pairs, *extra])
+
+
+def strict_json(text):
+    return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    """Exit status and record of one run of every method."""
+    folder, results = tmp_path_factory.mktemp("records"), {}
+    for name in baselines.METHODS:
+        out = folder / f"{name}.json"
+        results[name] = call(method=name, out=out), strict_json(out.read_text())
+    return results
+
+
+@pytest.mark.parametrize("name", baselines.METHODS)
+def test_every_method_runs_and_writes_its_totals(records, name):
+    status, record = records[name]
+    assert status == 0 and record["config"]["method"] == name
+    assert {"test_accuracy", "cer", "generalization_gap", "image_passes"} <= record["totals"].keys()
+    share = 0.2 if name in ("lure", "fisher", "magnitude", "random") else 0
+    assert [row["redrawn"] for row in record["mega_batches"]] == pytest.approx([share, 0], abs=1e-5)
+
+
+@pytest.mark.parametrize("name", baselines.METHODS)
+def test_every_method_has_the_first_mega_batch_of_warm_start(records, name):
+    rows = [records[n][1]["mega_batches"][0] for n in (name, "warm-start")]
+    varying = {"seconds", "images_per_second", "redrawn"}
+    first, second = ({k: v for k, v in row.items() if k not in varying} for row in rows)
+    assert first == second
+
+
+def test_lure_is_the_same_from_either_command(records, capsys):
+    assert lure.main([x for k, v in TINY.items() for x in (f"--{k.replace('_', '-')}", str(v))]) == 0
+    totals = strict_json(capsys.readouterr().out)
+    assert totals | dict(seconds=0) == records["lure"][1]["totals"] | dict(seconds=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "given_settings", "expected"),
+    [
+        ("sp", ["shrink=0.5", "noise=0.1"], dict(shrink=0.5, noise=0.1)),
+        ("sp", ["shrink=0"], dict(shrink=0.0)),
+        ("dash", ["floor=0.1"], dict(floor=0.1)),
+        ("fire", ["steps=3"], dict(steps=3)),
+        ("fisher", ["chunk=2"], dict(chunk=2, keep=0.6)),
+        ("magnitude", [], dict(keep=0.6)),
+        ("random", [], dict(keep=0.6)),
+        ("lure", [], dict(keep=0.6)),
+        ("warm-start", [], {}),
+    ],
+)
+def test_settings_arrive_at_the_method(name, given_settings, expected):
+    received = []
+
+    def spy(*args, **own):
+        received.append(own)
+        return real(*args, **own)
+
+    real = baselines.METHODS[name]
+    spy.__wrapped__ = real  # its signature is the method's
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(baselines.METHODS, name, spy)
+        assert call("--set", *given_settings, method=name, keep=0.6) == 0
+    assert received == [expected] and all(type(received[0][k]) is type(v) for k, v in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "told"),
+    [
+        ("sp", "alpha=0.3", ["shrink, noise"]),
+        ("dash", "shrink=0.3", ["alpha, floor"]),
+        ("fire", "keep=0.5", ["steps"]),
+        ("fisher", "keep=0.5", ["chunk"]),
+        ("warm-start", "shrink=0.3", ["none"]),
+        ("sp", "shrink", ["shrink=<float>"]),
+        ("sp", "shrink=", ["shrink=<float>"]),
+        ("sp", "shrink=much", ["shrink=<float>"]),
+        ("fire", "steps=2.5", ["steps=<int>"]),
+        ("sp", "shrink=-0.1", ["at least 0"]),
+        ("sp", "noise=nan", ["at least 0"]),
+        ("sp", "noise=inf", ["at least 0"]),
+        ("fire", "steps=-1", ["at least"]),
+        ("fisher", "chunk=0", ["at least 1"]),
+    ],
+)
+def test_a_setting_that_cannot_be_is_one_line_and_status_2(name, setting, told, tmp_path, capsys):
+    assert call("--set", setting, method=name, out=tmp_path / "record.json") == 2
+    message = capsys.readouterr().err
+    assert setting in message and all(part in message for part in told)
+    assert message.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_an_unknown_method_is_refused_with_the_names_of_all(capsys):
+    assert call(method="forget-it") == 2
+    message = capsys.readouterr().err
+    assert all(name in message for name in baselines.METHODS) and message.count("\n") == 1

@@ -1,0 +1,262 @@
+"""The command lines, the Make targets, the README and the files of the project."""
+
+import json
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+
+import baselines
+import evaluate
+import lure
+
+ROOT = Path(__file__).parent.parent
+TINY = ["--dataset", "digits", "--arch", "small", "--limit", "120", "--limit-test", "60"]
+TINY += ["--mega-batches", "2", "--epochs", "1"]
+
+
+def refused(capsys, status, *words, call=lure.main, argv=()):
+    """The call ends with the status and one line that has all the words."""
+    try:
+        assert call([*TINY, *argv] if call is not evaluate.main else list(argv)) == status
+    except SystemExit as exit:
+        assert exit.code == status
+    error = capsys.readouterr().err.strip().splitlines()
+    assert all(word in error[-1] for word in words), error
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--keep", "0"], ["--keep", "(0, 1]"]),
+        (["--keep", "1.5"], ["--keep", "(0, 1]"]),
+        (["--keep", "nan"], ["--keep", "(0, 1]"]),
+        (["--keep", "much"], ["--keep", "much"]),
+        (["--mega-batches", "0"], ["--mega-batches", "at least 1"]),
+        (["--mega-batches", "121"], ["120 samples", "121 mega-batches"]),
+        (["--lr", "inf"], ["--lr"]),
+        (["--seed", "-1"], ["--seed"]),
+        (["--dataset", "mnist"], ["mnist", "digits, cifar10, cifar100, folder, restricted-imagenet"]),
+        (["--arch", "resnet19"], ["resnet19", "resnet18, resnet50"]),
+        (["--replay", "some"], ["full, buffer, none"]),
+        (["--select", "best-val", "--val-fraction", "0"], ["--val-fraction"]),
+        (["--arch", "vgg16_bn"], ["vgg16_bn", "16"]),
+        (["--device", "abacus"], ["--device", "abacus"]),
+        (["--speed", "9"], ["--speed"]),
+    ],
+)
+def test_a_wrong_call_is_one_line_and_writes_nothing(argv, words, tmp_path, capsys):
+    refused(
+        capsys, 2, *words, argv=[*argv, "--out", f"{tmp_path}/x.json", "--checkpoint", f"{tmp_path}/x.pt"]
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_method_is_told_which_exist(capsys):
+    names = ", ".join(baselines.METHODS)
+    refused(capsys, 2, "--method", "forget", names, call=baselines.main, argv=["--method", "forget"])
+
+
+def test_a_file_of_another_configuration_is_never_overwritten(tmp_path, capsys):
+    out = tmp_path / "run.json"
+    assert lure.main([*TINY, "--out", str(out)]) == 0
+    before = out.read_bytes()
+    refused(capsys, 2, "run.json", "epochs 1, not 2", argv=["--out", str(out), "--epochs", "2"])
+    assert lure.main([*TINY, "--out", str(out)]) == 0  # the same: nothing is run, nothing is written
+    assert out.read_bytes() == before
+    out.write_text("something else")
+    refused(capsys, 2, "run.json", "expected the record of a run", argv=["--out", str(out)])
+    assert out.read_text() == "something else"
+
+
+def test_interrupted_leaves_nothing_half_written(tmp_path, capsys, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lure, "train_epoch_", interrupt)
+    assert lure.main([*TINY, "--out", f"{tmp_path}/x.json"]) == 130
+    assert not list(tmp_path.iterdir()) and "interrupted" in capsys.readouterr().err
+
+
+def test_a_failed_write_leaves_the_old_file_alone(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def fail(temporary):
+        temporary.write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        lure.write(path, fail)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_every_option_is_on_the_command_line_with_its_help(capsys):
+    with pytest.raises(SystemExit) as exit:
+        baselines.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert exit.value.code == 0
+    for f in fields(baselines.Config):
+        assert f"--{f.name.replace('_', '-')} " in text and " ".join(f.metadata["help"].split()) in text
+
+
+def test_the_record_says_where_its_numbers_come_from(tmp_path):
+    files = ["--out", f"{tmp_path}/x.json", "--checkpoint", f"{tmp_path}/x.pt"]
+    assert baselines.main([*TINY, "--method", "sp", "--set", "noise=0.1", *files]) == 0
+    record = json.loads((tmp_path / "x.json").read_text())
+    assert record["config"]["method"] == "sp" and record["config"]["set"] == ["noise=0.1"]
+    assert record["versions"]["torch"] == torch.__version__ and record["data"]["train"] == 120
+    rows, totals = record["mega_batches"], record["totals"]
+    assert totals["cer"] == sum(row["test"]["errors"] for row in rows)
+    assert totals["image_passes"] == sum(row["image_passes"] for row in rows) == 54 + 108
+    for row in rows:
+        assert row["test"]["accuracy"] == pytest.approx(100 - row["test"]["errors"] / 0.6)
+        gap = row["train"]["accuracy"] - row["val"]["accuracy"]
+        assert row["generalization_gap"] == pytest.approx(gap)
+    weights = torch.load(tmp_path / "x.pt", weights_only=True)["weights"]
+    model = lure.build_model("small", 10, 1)
+    model.load_state_dict(weights | {"mean": model.mean, "std": model.std})
+    assert totals["parameters"] == sum(p.numel() for p in model.parameters())
+
+
+def test_importing_prints_and_changes_nothing():
+    script = (
+        "import random, torch; torch.manual_seed(1); before = torch.get_rng_state(), torch.get_num_threads()\n"
+        "import lure, baselines, evaluate\n"
+        "assert torch.equal(torch.get_rng_state(), before[0]) and torch.get_num_threads() == before[1]"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_lure_runs_alone(tmp_path):
+    shutil.copy(ROOT / "lure.py", tmp_path)
+    done = subprocess.run([sys.executable, "lure.py", *TINY], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "test_accuracy" in json.loads(done.stdout)
+
+
+def requirements(text):
+    return {line.strip() for line in text.splitlines() if re.match(r"\s*[a-z]", line)}
+
+
+def test_the_script_block_is_what_the_requirements_say():
+    block = re.search(r"(?s)^# /// script\n(.*?)^# ///$", (ROOT / "lure.py").read_text(), re.M)[1]
+    needed = set(re.findall(r'"([a-z-]+>=[\d.]+)"', block))
+    assert needed and needed <= requirements((ROOT / "requirements.txt").read_text())
+    imported = set(re.findall(r"^\s*(?:from|import) (\w+)", (ROOT / "lure.py").read_text(), re.M))
+    third = {name for name in imported if name not in sys.stdlib_module_names} - {
+        "PIL"
+    }  # torchvision needs it
+    assert third == {name.split(">")[0].replace("scikit-learn", "sklearn") for name in needed}
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A copy of the project to run make in."""
+    for name in ("lure.py", "baselines.py", "evaluate.py", "Makefile", "results/paper.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    return tmp_path
+
+
+def make(folder, *words):
+    environment = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
+    words = ["make", f"PYTHON={sys.executable}", *words]
+    return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def test_make_lists_its_targets(checkout):
+    listed = make(checkout).stdout
+    assert {line.split()[1] for line in listed.splitlines()} >= {
+        "demo",
+        "test",
+        "lint",
+        "table1-small",
+        "reproduce-table1",
+    }
+    assert not (checkout / ".venv").exists()
+
+
+def test_make_demo_at_a_reduced_size(checkout):
+    done = make(
+        checkout, "demo", "METHODS=warm-start lure fire", "ARGS=--epochs 1 --limit 200 --limit-test 50"
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [line.split("|")[1].strip() for line in done.stdout.splitlines() if line.startswith("|")]
+    assert rows[2:] == ["Warm start", "LURE", "FIRE"] and "img/s" not in done.stdout
+    assert (checkout / "demo" / "digits" / "anytime.png").stat().st_size > 10_000
+    assert not (checkout / ".venv").exists()
+
+
+def test_make_runs_what_is_missing_and_nothing_else(checkout):
+    words = ["runs", "OUT=out", "DATASETS=digits", "METHODS=warm-start sp", "SEEDS=1 2"]
+    words.append(f"BASE={' '.join(TINY[2:])}")
+    assert make(checkout, *words, "-j2").returncode == 0
+    files = sorted((checkout / "out" / "digits").glob("*-?.json"))
+    assert [f.name for f in files] == ["sp-1.json", "sp-2.json", "warm-start-1.json", "warm-start-2.json"]
+    times = {f: f.stat().st_mtime_ns for f in files}
+    files[2].unlink()
+    assert make(checkout, *words).returncode == 0
+    assert [f for f in files if f.stat().st_mtime_ns != times[f]] == [files[2]]
+
+
+def test_make_names_the_runs_of_table_1(checkout):
+    planned = make(checkout, "-n", "-j2", "reproduce-table1", "IMAGENET=/imagenet").stdout
+    runs = re.findall(r"--out (\S+)", planned)
+    assert len(runs) == len(set(runs)) == 3 * 8 * 3
+    assert (
+        "results/table1/cifar100/fire-3.json" in runs
+        and "--dataset restricted-imagenet --mega-batches 3" in planned
+    )
+    assert "--arch" not in planned and "--epochs" not in planned  # the paper's protocol is the default
+    small = make(checkout, "-n", "table1-small", "DATA=photos/cifar10-jpeg").stdout
+    runs = re.findall(r"--out (\S+)", small)
+    assert len(runs) == 9 * 3 and "results/table1-small/cifar10-jpeg/warm-start-gamma1-2.json" in runs
+    assert len(re.findall("--method warm-start --gamma 1 ", small)) == 3
+    one, two = (
+        make(checkout, "-n", j, "table1-small", "DATA=x", "SEEDS=1", "METHODS=lure").stdout
+        for j in ("-j1", "-j2")
+    )
+    assert "/ 1 " in one and "/ 2 " in two  # the threads are divided
+
+
+def test_table1_small_without_data_says_what_it_needs(checkout):
+    done = make(checkout, "table1-small")
+    assert done.returncode == 2 and "expected DATA=<folder" in done.stderr
+
+
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_snippets_of_the_readme_work_as_pasted(tmp_path):
+    snippets = re.findall(r"(?s)```python\n(.*?)```", README)
+    assert snippets
+    for i, snippet in enumerate(snippets):
+        (tmp_path / f"{i}.py").write_text(snippet)
+        runpy.run_path(str(tmp_path / f"{i}.py"))
+
+
+def test_the_tables_of_the_readme_are_what_the_results_say(tmp_path):
+    tables = list((ROOT / "results").glob("*/*/table.md"))
+    assert tables
+    for table in tables:
+        shutil.copytree(table.parent, tmp_path / table.parent.name)
+        assert evaluate.report(tmp_path / table.parent.name) == table.read_text()
+        assert table.read_text().split("\n\n", 1)[1] in README
+
+
+def test_what_the_readme_names_is_there():
+    for path in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / path).exists(), path
+    targets = re.findall(r"^([a-z0-9-]+):.*  ## ", (ROOT / "Makefile").read_text(), re.M)
+    assert set(re.findall(r"`make ([a-z0-9-]+)", README)) <= set(targets)
+    options = {"--" + f.name.replace("_", "-") for f in fields(baselines.Config)}
+    options |= {"--corruptions", "--epsilons", "--sigmas", "--help"}
+    assert set(re.findall(r"`(--[a-z-]+)", README)) <= options
