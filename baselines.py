@@ -61,7 +61,10 @@ def dash_(model, pi, seen, fresh, generator, alpha=0.3, floor=0.3) -> None:
     with torch.no_grad():
         for p, g in zip(parameters, momentum, strict=True):
             groups = p.shape[:2] if p.ndim == 4 else p.shape[:1] if p.ndim == 2 else (1,)
-            cosine = F.cosine_similarity(g.reshape(*groups, -1), p.reshape(*groups, -1), dim=-1)
+            g, w = g.reshape(*groups, -1), p.reshape(*groups, -1)
+            cosine = F.cosine_similarity(
+                g, w, dim=-1, eps=torch.finfo(w.dtype).tiny
+            )  # gradients can be small
             p.mul_(cosine.clamp(floor, 1).view(*groups, *[1] * (p.ndim - len(groups))))
 
 
@@ -157,14 +160,15 @@ def keep_top_(model, scores, keep, generator) -> dict[str, Tensor]:
 
 def loss_gradient(model, parameters, images, labels, chunk=256) -> list[Tensor]:
     """∂L/∂θ for each of `parameters`, L the mean cross-entropy over all images, in evaluation mode."""
-    parameters, training = list(parameters), model.training
+    parameters, training = list(parameters), {module: module.training for module in model.modules()}
     total = [torch.zeros_like(p) for p in parameters]
     model.eval()
     for x, y in zip(images.split(chunk), labels.split(chunk), strict=True):
         loss = F.cross_entropy(model(x), y, reduction="sum") / len(labels)
         parts = torch.autograd.grad(loss, parameters, materialize_grads=True)
         total = [t + part for t, part in zip(total, parts, strict=True)]
-    model.train(training)
+    for module, flag in training.items():
+        module.training = flag
     return total
 
 
@@ -208,7 +212,7 @@ def method(config: Config):
         except ValueError as error:
             raise ValueError(f"--set {setting}: expected {key}=<{kind.__name__}>") from error
         if not (kind is int) <= given[key] < math.inf:
-            raise ValueError(f"--set {setting}: expected at least {int(kind is int)}")
+            raise ValueError(f"--set {setting}: expected a number, at least {int(kind is int)}")
     return partial(function, **given)
 
 

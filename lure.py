@@ -24,7 +24,6 @@ import shlex
 import subprocess
 import sys
 import time
-from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
@@ -76,7 +75,7 @@ class Config:
     keep: float = option(0.8, "share of the weights that unlearning keeps, in (0, 1]", low=1e-12, high=1)
     pi: str = option("learned", "mega-batch to draw the sample pi from", ("learned", "seen", "next"))
     pi_fraction: float = option(0.2, "size of pi as a share of it, in (0, 1]", low=1e-12, high=1)
-    seed: int = option(1, "seed of stream, start, order and forgetting, in [0, 2^60]", high=2**60)
+    seed: int = option(1, "seed of stream, start, order and forgetting, in [0, 2^30)", high=2**30 - 1)
     device: str = option("auto", "cpu, cuda, cuda:1 ...; auto: the GPU if there is one")
     out: str = option("", "file for the record (JSON)")
     checkpoint: str = option("", "file for the final weights")
@@ -88,8 +87,6 @@ class Config:
                 raise ValueError(f"{flag}: there is no {value!r}; choose from {', '.join(meta['choices'])}")
             if isinstance(value, (int, float)) and not meta["low"] <= value <= meta["high"]:
                 raise ValueError(f"{flag}: expected {meta['help']}; got {value}")
-        if self.select == "best-val" and not self.val_fraction:
-            raise ValueError("--select best-val: expected a --val-fraction above 0")
 
 
 class DataError(Exception):
@@ -394,13 +391,16 @@ def build_model(arch, num_classes, in_channels=3, mean=CIFAR10[0], std=CIFAR10[1
 def small_resnet(num_classes: int, in_channels: int) -> nn.Module:
     from torchvision.models.resnet import BasicBlock, conv1x1, conv3x3
 
-    layers = OrderedDict(conv1=conv3x3(in_channels, 16), bn1=nn.BatchNorm2d(16), relu=nn.ReLU(inplace=True))
-    layers["layer1"] = nn.Sequential(BasicBlock(16, 16), BasicBlock(16, 16))
+    model = nn.Sequential()  # of what is assigned to it, in that order
+    model.conv1, model.bn1, model.relu = conv3x3(in_channels, 16), nn.BatchNorm2d(16), nn.ReLU(inplace=True)
+    model.layer1 = nn.Sequential(BasicBlock(16, 16), BasicBlock(16, 16))
     for i, n in ((2, 16), (3, 32), (4, 64)):
         shortcut = nn.Sequential(conv1x1(n, 2 * n, 2), nn.BatchNorm2d(2 * n))
-        layers[f"layer{i}"] = nn.Sequential(BasicBlock(n, 2 * n, 2, shortcut), BasicBlock(2 * n, 2 * n))
-    layers |= dict(avgpool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), fc=nn.Linear(128, num_classes))
-    return nn.Sequential(layers)
+        blocks = nn.Sequential(BasicBlock(n, 2 * n, 2, shortcut), BasicBlock(2 * n, 2 * n))
+        setattr(model, f"layer{i}", blocks)
+    model.avgpool, model.flatten = nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    model.fc = nn.Linear(128, num_classes)
+    return model
 
 
 # ------------------------------------------------------------ Learn: the loop, all of it on the device
@@ -447,15 +447,15 @@ def train_epoch_(model, optimizer, pixels, labels, train, config, generator) -> 
     return total_loss / len(train), correct / len(train)
 
 
-def learn_(model, optimizer, pixels, labels, train, val, config, generator, bar) -> float:
-    """Train on the samples `train` for a mega-batch. Returns the last epoch's running accuracy, percent."""
-    best, weights = -1.0, None
+def learn_(model, optimizer, pixels, labels, train, val, config, generator, bar) -> dict:
+    """Train on the samples `train` for a mega-batch. Returns how that went, for the record."""
+    best, weights, start = -1.0, None, time.perf_counter()
     for epoch in range(config.epochs):
         decays = (5 * epoch >= 2 * config.epochs) + (5 * epoch >= 4 * config.epochs)  # of 50, at 20 and at 40
         optimizer.param_groups[0]["lr"] = config.lr * config.gamma**decays
         loss, running = train_epoch_(model, optimizer, pixels, labels, train, config, generator)
         if not loss.isfinite():
-            raise FloatingPointError(f"{bar.desc}epoch {epoch + 1}: the loss is {float(loss)}, not finite")
+            raise FloatingPointError(f"{bar.desc}in epoch {epoch + 1}, the loss is {float(loss)}")
         if config.select == "best-val":
             accuracy = evaluate(model, pixels[val], labels[val])["accuracy"]
             if accuracy > best:
@@ -463,7 +463,9 @@ def learn_(model, optimizer, pixels, labels, train, val, config, generator, bar)
         bar.update(len(train))
     if weights:
         model.load_state_dict(weights)
-    return 100 * float(running)
+    passes, seconds = config.epochs * len(train), time.perf_counter() - start
+    speed = dict(image_passes=passes, seconds=seconds, images_per_second=passes / seconds)
+    return dict(running_train_accuracy=100 * float(running), **speed)
 
 
 @torch.inference_mode()
@@ -486,14 +488,6 @@ def lure_(model, pi, seen, fresh, generator, keep=0.8) -> dict[str, Tensor]:
     return unlearn_(model, *pi, keep, generator)
 
 
-def pick_device(name: str) -> torch.device:
-    name = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device: cannot use {name} ({str(error).splitlines()[0]})") from error
-
-
 def run(config: Config, forget=lure_) -> dict:
     """Algorithm 1. Returns the record of the run, and writes it to `config.out`.
 
@@ -512,17 +506,17 @@ def run(config: Config, forget=lure_) -> dict:
     stream_rng, start_rng, forget_rng = (torch.Generator().manual_seed(4 * c.seed + i) for i in range(3))
     order_rng = torch.Generator(device).manual_seed(4 * c.seed + 3)
     data = load_dataset(c.dataset, c.data, c.cache, c.image_size, c.limit, c.limit_test, c.shots)
-    mean, std, *_ = PREPROCESSING[c.dataset]
-    pixels = data.images.permute(0, 2, 3, 1).contiguous().to(device)
+    pixels, test_pixels = (
+        x.permute(0, 2, 3, 1).contiguous().to(device) for x in (data.images, data.test_images)
+    )
     labels = corrupt_labels(data.labels, len(data.classes), c.label_noise, stream_rng).to(device)
-    test = data.test_images.permute(0, 2, 3, 1).to(device), data.test_labels.to(device)
+    test_labels = data.test_labels.to(device)
     stream = mega_batches(len(labels), c.mega_batches, c.replay, c.buffer_size, c.val_fraction, stream_rng)
     stream = [MegaBatch(*(index.to(device) for index in batch)) for batch in stream]
-
-    if c.arch == "vgg16_bn" and min(pixels.shape[1:3]) < 16:
-        raise ValueError("--arch vgg16_bn: expected images of at least 16×16 pixels, for its four max-pools")
+    check_feasible(c, pixels, stream)
 
     def build(generator):
+        mean, std, *_ = PREPROCESSING[c.dataset]
         model = build_model(c.arch, len(data.classes), data.images.shape[1], mean, std, generator)
         return model.to(device, memory_format=torch.channels_last)
 
@@ -533,19 +527,17 @@ def run(config: Config, forget=lure_) -> dict:
     bar = tqdm(total=c.epochs * sum(len(b.train) for b in stream), unit="img", unit_scale=True, disable=None)
     for i, batch in enumerate(stream):
         bar.set_description(f"mega-batch {i + 1} of {len(stream)}")
-        start, passes = time.perf_counter(), c.epochs * len(batch.train)
         val = torch.cat([b.val for b in stream[: i + 1]]) if c.replay == "full" else batch.val
         if optimizer is None or not c.keep_momentum:
             optimizer = torch.optim.SGD(model.parameters(), c.lr, c.momentum, weight_decay=c.weight_decay)
-        running = learn_(model, optimizer, pixels, labels, batch.train, val, c, order_rng, bar)
-        seconds = time.perf_counter() - start
-        row = dict(image_passes=passes, seconds=seconds, images_per_second=passes / seconds)
-        row |= dict(redrawn=0.0, generalization_gap=None, running_train_accuracy=running)
+        row = learn_(model, optimizer, pixels, labels, batch.train, val, c, order_rng, bar)  # learn, relearn
         row["train"] = evaluate(model, pixels[batch.train], labels[batch.train])
+        if not math.isfinite(row["train"]["loss"]):
+            raise FloatingPointError(f"{bar.desc}after epoch {c.epochs}, the loss is {row['train']['loss']}")
         row["val"] = evaluate(model, pixels[val], labels[val])
-        row["test"] = evaluate(model, *test)
-        if len(val):
-            row["generalization_gap"] = generalization_gap(row["train"]["accuracy"], row["val"]["accuracy"])
+        row["test"] = evaluate(model, test_pixels, test_labels)
+        rows.append(row | {"redrawn": None})
+        bar.write(f"{bar.desc}{row['test']['accuracy']:.2f} % of the test set", file=sys.stderr)
         if i + 1 < len(stream):  # unlearn
             source = dict(learned=batch.new, seen=batch.train, next=stream[i + 1].new)[c.pi]
             size = max(1, round(c.pi_fraction * len(source)))
@@ -553,15 +545,9 @@ def run(config: Config, forget=lure_) -> dict:
             held = [h for b in stream[: i + 1] if len(h := b.new[torch.isin(b.new, batch.train)])]
             mask = forget(model, pi, partial(map, sample, held), partial(build, forget_rng), forget_rng)
             if mask is not None:
-                row["redrawn"] = float(torch.cat([~m.flatten() for m in mask.values()]).double().mean())
-        rows.append(row)
+                rows[-1]["redrawn"] = torch.cat([~m.flatten() for m in mask.values()]).double().mean().item()
     bar.close()
-    cer = cumulative_error_rate(r["test"]["errors"] for r in rows)
-    gap, parameters = row["generalization_gap"], sum(p.numel() for p in model.parameters())
-    totals = dict(test_accuracy=row["test"]["accuracy"], cer=cer, generalization_gap=gap)
-    totals |= dict(ece=row["test"]["ece"], parameters=parameters)
-    totals |= {name: sum(r[name] for r in rows) for name in ("image_passes", "seconds")}
-    record = dict(config=asdict(c), totals=totals, mega_batches=rows, **provenance(device, data))
+    record = dict(config=asdict(c), totals=totals(rows), mega_batches=rows, **provenance(device, data))
     if c.checkpoint:
         state = dict(config=asdict(c), classes=data.classes, weights=model.state_dict())
         write(c.checkpoint, partial(torch.save, state))
@@ -570,7 +556,40 @@ def run(config: Config, forget=lure_) -> dict:
     return record
 
 
-# ------------------------------------------------------------ Record and command line
+# ------------------------------------------------------------ Checks, record, command line
+
+
+def pick_device(name: str) -> torch.device:
+    name = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device: cannot use {name} ({str(error).splitlines()[0]})") from error
+
+
+def check_feasible(config: Config, pixels: Tensor, stream: list[MegaBatch]) -> None:
+    """What would else be found out when the work is done. ValueError or OSError."""
+    if config.arch == "vgg16_bn" and min(pixels.shape[1:3]) < 16:
+        raise ValueError("--arch vgg16_bn: expected images of at least 16×16 pixels, for its four max-pools")
+    if config.select == "best-val" and not all(len(batch.val) for batch in stream):
+        raise ValueError("--select best-val: expected validation samples; --val-fraction leaves none")
+    for path in filter(None, (config.out, config.checkpoint)):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        if os.path.isdir(path) or not os.access(Path(path).parent, os.W_OK):
+            raise OSError(f"{path}: expected a file that can be written")
+
+
+def totals(rows: list[dict]) -> dict:
+    """The paper's metrics of a run, from its mega-batches."""
+    last, cer = rows[-1], cumulative_error_rate(row["test"]["errors"] for row in rows)
+    train, val = last["train"]["accuracy"], last["val"]["accuracy"]
+    gap = None if val is None else generalization_gap(train, val)
+    sums = {name: sum(row[name] for row in rows) for name in ("image_passes", "seconds")}
+    return (
+        dict(test_accuracy=last["test"]["accuracy"], cer=cer, generalization_gap=gap, ece=last["test"]["ece"])
+        | sums
+    )
+
 
 PATHS = {"data", "cache", "out", "checkpoint", "device"}  # where things are; all else decides the result
 
@@ -592,15 +611,15 @@ def finished(config: Config) -> dict | None:
 
 def provenance(device: torch.device, data: Dataset) -> dict:
     """Where a number comes from: command, git commit, data, versions, device."""
-    root = os.path.dirname(os.path.abspath(__file__))
-    git = ["git", "-C", root, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    described = subprocess.run(shlex.join(git), shell=True, capture_output=True, text=True)
+    git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty"]
+    git = shlex.join([*git, "--abbrev=40", "--exclude=*"])  # by a shell, since there may be no git
+    commit = subprocess.run(git, shell=True, capture_output=True, text=True).stdout.strip()
     content = hashlib.sha256(b"".join(tensor.contiguous().numpy().tobytes() for tensor in data[:4]))
     return dict(
         command=shlex.join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]]),
-        git_commit=described.stdout.strip() or None,
+        git_commit=commit or None,
         data=dict(train=len(data.labels), test=len(data.test_labels), sha256=content.hexdigest()),
-        versions={name: sys.modules[name].__version__ for name in ("torch", "torchvision")},
+        versions=dict(torch=torch.__version__, torchvision=torchvision.__version__),
         python=platform.python_version(),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         threads=torch.get_num_threads(),
@@ -626,13 +645,8 @@ def main(argv=None, options=Config, method=lambda config: partial(lure_, keep=co
         kind = dict(nargs="*", metavar="KEY=VALUE") if f.default == () else kind
         text = f"{f.metadata['help']}{choices}; default: {f.default}"
         parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=text, **kind)
-    arguments = vars(parser.parse_args(argv))
-
-    def call():
-        config = options(**arguments)
-        print(json.dumps(run(config, method(config))["totals"], indent=1))
-
-    return guarded(parser.prog, call)
+    given = vars(parser.parse_args(argv))
+    return guarded(parser.prog, lambda: print(json.dumps(run(c := options(**given), method(c))["totals"])))
 
 
 if __name__ == "__main__":
