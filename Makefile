@@ -3,7 +3,7 @@
 
 MAKEFLAGS += --no-builtin-rules --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint table1-small reproduce-table1 runs clean
+.PHONY: help demo test lint table1-small reproduce-table1 prepare runs clean
 
 ifeq ($(origin PYTHON),command line)
 READY :=
@@ -39,29 +39,36 @@ reproduce-table1: $(READY)  ## Table 1 at the paper's protocol; IMAGENET=<folder
 table1-small: $(READY)  ## Table 1 at the scale of two CPU cores; DATA=<folder with train/ and test/>
 	$(if $(DATA),,$(error table1-small: expected DATA=<folder with train/<class>/ and test/<class>/ of images>))
 	$(MAKE) runs OUT="$(or $(OUT),results/table1-small)" SEEDS="$(or $(SEEDS),1 2 3)" \
-	    DATASETS="$(or $(DATASETS),$(notdir $(abspath $(DATA))))" VARIANTS="$(or $(VARIANTS),warm-start-gamma1)" \
+	    DATASETS="$(or $(DATASETS),$(notdir $(abspath $(DATA))))" VARIANTS="$(if $(filter command,$(origin VARIANTS)),$(VARIANTS),warm-start-gamma1)" \
 	    BASE="--arch small --limit 2272 --limit-test 2000 --epochs 10"
 
 # One mechanism behind all of them: a file per run, $(OUT)/<dataset>/<method>-<seed>.json, then the table. A file that
 # is there is not made again, so an interrupted call goes on where it stopped. A variant is a method with other
 # settings, <method>-<variant>-<seed>.json. A data set that lure.py does not know by name is the image folder $(DATA).
-METHODS := warm-start llf sp lure scratch rifle dash fire
+METHODS := $(filter-out fisher magnitude random,$(shell sed -n '/^METHODS = {/,/^}/s/^    "\([a-z-]*\)".*/\1/p' baselines.py))
 VARIANTS :=
 RUNS = $(foreach d,$(DATASETS),$(foreach m,$(METHODS) $(VARIANTS),$(foreach s,$(SEEDS),$(OUT)/$d/$m-$s.json)))
 dataset_digits = --dataset digits
 dataset_cifar10 = --dataset cifar10 --data $(or $(DATA),data)
 dataset_cifar100 = --dataset cifar100 --data $(or $(DATA),data)
-dataset_restricted-imagenet = --dataset restricted-imagenet --mega-batches 3 --data $(IMAGENET)
+dataset_restricted-imagenet = --dataset restricted-imagenet --mega-batches 3 --data \
+    $(or $(IMAGENET),$(error restricted-imagenet: expected IMAGENET=<folder with train/ and val/>))
 method_warm-start-gamma1 = --method warm-start --gamma 1
 dataset = $(notdir $(patsubst %/,%,$(dir $@)))
 seed = $(lastword $(subst -, ,$(basename $(notdir $@))))
 name = $(patsubst %-$(seed).json,%,$(notdir $@))
-jobs = $(or $(patsubst -j%,%,$(filter -j%,$(MAKEFLAGS))),1)
+jobs = $(or $(patsubst -j%,%,$(filter -j%,$(MAKEFLAGS))),$(if $(filter -j,$(MAKEFLAGS)),99,1))
+
+# The data sets of the runs to come are downloaded, or decoded, once and before them, not by each of them at once.
+prepare: $(READY)
+	$(foreach d,$(filter-out digits restricted-imagenet,$(DATASETS)),$(PYTHON) -c 'import sys, lure; \
+	    sys.exit(lure.guarded("$d", lambda: lure.load_dataset(*sys.argv[1:])))' \
+	    $(if $(dataset_$d),$d,folder) $(or $(DATA),data) &&) true
 
 runs: $(RUNS)
 	$(PYTHON) evaluate.py report $(addprefix $(OUT)/,$(DATASETS))
 
-$(RUNS): | $(READY)
+$(RUNS): | $(READY) $(if $(filter-out $(wildcard $(RUNS)),$(RUNS)),prepare)
 	OMP_NUM_THREADS=$$(n=$$(( $$(getconf _NPROCESSORS_ONLN) / $(jobs) )); echo $$(( n > 0 ? n : 1 ))) \
 	    $(PYTHON) baselines.py $(or $(method_$(name)),--method $(name)) --seed $(seed) \
 	    $(or $(dataset_$(dataset)),--dataset folder --data $(DATA)) $(BASE) $(ARGS) \

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 
 import lure
 
+
 # ------------------------------------------------------------ Everything or nothing
-
-
 def warm_start(model, pi, seen, fresh, generator) -> None:
     """Train on from where the last mega-batch ended: the paper's baseline BL (section 4)."""
 
@@ -32,8 +31,6 @@ def scratch_(model, pi, seen, fresh, generator) -> None:
 
 
 # ------------------------------------------------------------ Every weight a little
-
-
 @torch.no_grad()
 def shrink_and_perturb_(model, pi, seen, fresh, generator, shrink=0.4, noise=0.001) -> None:
     """θ ← shrink · θ + noise · θ_fresh for every parameter (Ash & Adams 2020, arXiv 1910.08475).
@@ -53,7 +50,7 @@ def dash_(model, pi, seen, fresh, generator, alpha=0.3, floor=0.3) -> None:
     defaults are the method's.
     """
     layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
-    parameters = [p for m in layers for p in (m.weight, m.bias) if p is not None]
+    parameters = [p for m in layers for p in (m.weight, m.bias) if p is not None and p.requires_grad]
     momentum = [torch.zeros_like(p) for p in parameters]
     for images, labels in seen():
         for g, gradient in zip(momentum, loss_gradient(model, parameters, images, labels), strict=True):
@@ -88,8 +85,6 @@ def fire_(model, pi, seen, fresh, generator, steps=10) -> None:
 
 
 # ------------------------------------------------------------ Some layers wholly
-
-
 def later_layer_forgetting_(model, pi, seen, fresh, generator) -> None:
     """Redraw the later layers (LLF, Zhou et al. 2022, arXiv 2202.00155), as a fresh network's.
 
@@ -119,8 +114,6 @@ def redraw_layers_(model, new, prefixes: tuple[str, ...]) -> None:
 
 
 # ------------------------------------------------------------ LURE with another criterion (Table 8)
-
-
 def fisher_(model, pi, seen, fresh, generator, keep=0.8, chunk=1) -> dict[str, Tensor]:
     """LURE with the empirical Fisher information as its criterion (FIM in Table 8).
 
@@ -143,7 +136,8 @@ def magnitude_(model, pi, seen, fresh, generator, keep=0.8) -> dict[str, Tensor]
 
 def random_(model, pi, seen, fresh, generator, keep=0.8) -> dict[str, Tensor]:
     """LURE with no criterion: the weights to keep are drawn at random (Appendix A.1)."""
-    scores = {n: torch.rand(p.shape, generator=generator).to(p.device) for n, p in connections(model).items()}
+    draw = lambda p: torch.rand(p.shape, generator=generator, device=generator.device).to(p.device)  # noqa: E731
+    scores = {name: draw(p) for name, p in connections(model).items()}
     return keep_top_(model, scores, keep, generator)
 
 
@@ -163,12 +157,14 @@ def loss_gradient(model, parameters, images, labels, chunk=256) -> list[Tensor]:
     parameters, training = list(parameters), {module: module.training for module in model.modules()}
     total = [torch.zeros_like(p) for p in parameters]
     model.eval()
-    for x, y in zip(images.split(chunk), labels.split(chunk), strict=True):
-        loss = F.cross_entropy(model(x), y, reduction="sum") / len(labels)
-        parts = torch.autograd.grad(loss, parameters, materialize_grads=True)
-        total = [t + part for t, part in zip(total, parts, strict=True)]
-    for module, flag in training.items():
-        module.training = flag
+    try:
+        for x, y in zip(images.split(chunk), labels.split(chunk), strict=True):
+            loss = F.cross_entropy(model(x), y, reduction="sum") / len(labels)
+            parts = torch.autograd.grad(loss, parameters, materialize_grads=True)
+            total = [t + part for t, part in zip(total, parts, strict=True)]
+    finally:
+        for module, flag in training.items():
+            module.training = flag
     return total
 
 

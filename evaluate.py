@@ -5,6 +5,7 @@ python evaluate.py report results/table1/cifar10                 # writes table.
 """
 
 import argparse
+import contextlib
 import json
 import re
 import statistics
@@ -20,9 +21,8 @@ import lure
 from baselines import METHODS
 from lure import DataError, expected_calibration_error
 
+
 # ------------------------------------------------------------ Metrics (sections 6 and 7)
-
-
 def reliability_bins(probabilities: Tensor, labels: Tensor, bins: int = 15) -> dict[str, Tensor]:
     """The reliability diagram behind `expected_calibration_error`, over the same bins of top-1 confidence.
 
@@ -54,27 +54,35 @@ def pgd_attack(model, images, labels, epsilon, steps=10, step_size=None, generat
         noise = torch.empty(images.shape, dtype=images.dtype, device=generator.device)
         noise = noise.uniform_(-epsilon, epsilon, generator=generator).to(images.device)
         attacked = (attacked + noise).clamp(lower, upper)
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    with torch.enable_grad():
+    with evaluating(model), torch.enable_grad():
         for _ in range(steps):
             loss = F.cross_entropy(model(attacked.requires_grad_()), labels, reduction="sum")
             (gradient,) = torch.autograd.grad(loss, attacked)
             attacked = (attacked.detach() + step_size * gradient.sign()).clamp(lower, upper)
-    for module, flag in training.items():
-        module.training = flag
     return attacked
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module):
+    """Evaluation mode, and afterwards the training flags as they were."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, flag in training.items():
+            module.training = flag
 
 
 @torch.inference_mode()
 def predict(model: nn.Module, images: Tensor, chunk: int = 1000) -> Tensor:
-    """Logits (N, classes) of float images (N, C, H, W) in [0, 1]; leaves the model in evaluation mode."""
-    model.eval()
-    return torch.cat([model(part) for part in images.split(chunk)])
+    """Logits (N, classes) of float images (N, C, H, W) in [0, 1], in evaluation mode."""
+    with evaluating(model):
+        return torch.cat([model(part) for part in images.split(chunk)])
 
 
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Top-1 accuracy in percent; leaves the model in evaluation mode."""
+    """Top-1 accuracy in percent of float images (N, C, H, W) in [0, 1], in evaluation mode."""
     return 100 * predict(model, images).argmax(1).eq(labels).double().mean().item()
 
 
@@ -86,12 +94,13 @@ CORRUPTIONS = [
 ]
 
 
-def corruption_accuracy(model: nn.Module, directory: str | Path) -> dict[str, list[float]]:
-    """Accuracy in percent under the 19 corruptions of CIFAR-10-C (Hendrycks & Dietterich 2019), by severity.
+def corruption_accuracy(model: nn.Module, directory: str | Path) -> dict:
+    """Accuracy in percent under the 19 corruptions of CIFAR-10-C (Hendrycks & Dietterich 2019).
 
     `directory` holds NAME.npy for each, uint8 (5 · n, H, W, 3), severity s in rows n · (s − 1) to n · s, and
-    labels.npy (5 · n,), for any n. The mean over all 95 is the paper's mCA (section 6.1). DataError, before
-    anything is measured, for a file that is not there or not as described.
+    labels.npy (5 · n,), for any n. Returns for each corruption five accuracies, by severity, and as "mean"
+    the paper's mCA, over all 95 (section 6.1). DataError, before anything is measured, for a file that is
+    missing or not as described.
     """
     arrays = {name: load_array(Path(directory) / f"{name}.npy") for name in ("labels", *CORRUPTIONS)}
     labels, device = arrays.pop("labels").long(), next(model.parameters()).device
@@ -103,21 +112,19 @@ def corruption_accuracy(model: nn.Module, directory: str | Path) -> dict[str, li
             )
         if len(images) == 0 or len(images) % 5:
             raise DataError(f"{directory}/{name}.npy: expected five severities, found {len(images)} images")
-    return {
-        name: [
-            accuracy(model, lure.to_input(part.to(device)), truth.to(device))
-            for part, truth in zip(images.chunk(5), labels.chunk(5), strict=True)
-        ]
-        for name, images in arrays.items()
-    }
+    result: dict = {}
+    for name, images in arrays.items():
+        severities = zip(images.chunk(5), labels.chunk(5), strict=True)
+        result[name] = [accuracy(model, lure.to_input(x.to(device)), y.to(device)) for x, y in severities]
+    return result | {"mean": statistics.fmean(a for severities in result.values() for a in severities)}
 
 
 def load_array(path: Path) -> Tensor:
     import numpy as np
 
     try:
-        return torch.from_numpy(np.load(path))
-    except (OSError, ValueError, TypeError) as error:
+        return torch.from_numpy(np.lib.format.open_memmap(path, mode="c"))
+    except (OSError, ValueError, TypeError, EOFError) as error:
         raise DataError(f"{path}: expected an array of CIFAR-10-C ({error})") from error
 
 
@@ -145,8 +152,6 @@ def weight_noise_accuracy(model, images, labels, sigmas, repeats=3, generator=No
 
 
 # ------------------------------------------------------------ A checkpoint's metrics
-
-
 def load_checkpoint(path: Path, device: torch.device) -> tuple[nn.Module, dict]:
     """The network and the configuration of a checkpoint that `lure.run` wrote. DataError if it is none."""
     try:
@@ -158,7 +163,7 @@ def load_checkpoint(path: Path, device: torch.device) -> tuple[nn.Module, dict]:
     except Exception as error:  # a foreign file can make unpickling raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"{path}: expected a checkpoint that --checkpoint wrote ({reason})") from error
-    return model.to(device, memory_format=torch.channels_last), config
+    return model.to(device, memory_format=torch.channels_last), config | {"classes": classes}
 
 
 def metrics(path: Path, args: argparse.Namespace) -> dict:
@@ -172,6 +177,8 @@ def metrics(path: Path, args: argparse.Namespace) -> dict:
     )
     train_y, test_y = data.labels.to(device), data.test_labels.to(device)
     probabilities = predict(model, test_x).softmax(1)
+    if data.classes != config["classes"]:
+        raise DataError(f"{path}: was trained on other classes than those of {args.data or config['data']}")
     result = {"config": config, "accuracy": accuracy(model, test_x, test_y)}
     result["ece"] = expected_calibration_error(probabilities, test_y)
     result["reliability"] = {k: v.tolist() for k, v in reliability_bins(probabilities, test_y).items()}
@@ -185,18 +192,14 @@ def metrics(path: Path, args: argparse.Namespace) -> dict:
     result["weight_noise"] = dict(zip(args.sigmas, noisy, strict=True))
     if args.corruptions:
         result["corruptions"] = corruption_accuracy(model, args.corruptions)
-        result["mca"] = statistics.fmean(
-            a for severities in result["corruptions"].values() for a in severities
-        )
     text = json.dumps(result, indent=1) + "\n"
     lure.write(path.with_suffix(".metrics.json"), lambda file: file.write_text(text))
     return result
 
 
 def summary(result: dict) -> str:
-    return json.dumps(
-        {k: result[k] for k in ("accuracy", "ece", "pgd", "weight_noise", "mca") if k in result}
-    )
+    mca = {"mca": result["corruptions"]["mean"]} if "corruptions" in result else {}
+    return json.dumps({k: result[k] for k in ("accuracy", "ece", "pgd", "weight_noise")} | mca)
 
 
 # ------------------------------------------------------------ A folder's report
@@ -204,14 +207,16 @@ def summary(result: dict) -> str:
 NAMES = {"warm-start": "Warm start", "sp": "S&P", "llf": "LLF", "lure": "LURE", "scratch": "Scratch"}
 NAMES |= {"rifle": "RIFLE", "dash": "DASH", "fire": "FIRE"}
 NAMES |= {"fisher": "LURE by Fisher", "magnitude": "LURE by magnitude", "random": "LURE by chance"}
+TITLES = {"cifar10": "CIFAR-10", "cifar10-jpeg": "CIFAR-10 (JPEG copy)", "cifar100": "CIFAR-100"}
+TITLES |= {"restricted-imagenet": "Restricted ImageNet", "digits": "Digits"}
 IN_PAPER = {"warm-start": "BL", "llf": "LLF", "sp": "S&P", "lure": "LURE"}
 
 
 def load_runs(folder: Path) -> tuple[dict[str, list[dict]], dict[str, dict]]:
     """The records of a folder by row: METHOD-SEED.json, or METHOD-VARIANT-SEED.json with other options.
 
-    Returns row → records, and row → the options in which it differs as a variant. DataError for a file that
-    is no record, and for rows that cannot be compared: other data, or other options without being a variant.
+    Returns row → records, and row → its method's own settings and a variant's options. DataError for a file
+    that is no record, and for rows that cannot be compared: other data, or other options and no variant.
     """
     runs: dict[str, list[dict]] = {}
     for path in sorted(folder.glob("*.json")):
@@ -237,6 +242,8 @@ def load_runs(folder: Path) -> tuple[dict[str, list[dict]], dict[str, dict]]:
         apart = {"seed", "method", "set"}
         variants[row] = {} if row in METHODS else differences(runs[row][0], reference, apart | {"data"})
         compare(runs[row][0], reference, apart | variants[row].keys())
+        own = dict(setting.split("=") for setting in runs[row][0]["config"]["set"])
+        variants[row] = own | variants[row]
     return {row: runs[row] for row in order}, variants
 
 
@@ -260,15 +267,17 @@ def report(folder: Path) -> str:
     for row, options in variants.items():
         method = runs[row][0]["config"]["method"]
         names[row] = ", ".join([NAMES.get(method, method), *(f"{k} {v}" for k, v in options.items())])
-    first = next(iter(runs.values()))[0]
-    config, data, dataset = first["config"], first["data"], folder.resolve().name
+    everything = [record for records in runs.values() for record in records]
+    config, data, dataset = everything[0]["config"], everything[0]["data"], folder.resolve().name
+    title = TITLES.get(dataset, dataset)
+    machines = sorted({f"{r['device']}, torch {r['versions']['torch']}" for r in everything})
     caption = (
-        f"{dataset}: {config['arch']}, {config['mega_batches']} mega-batches of {config['epochs']} epochs, "
+        f"{title}: {config['arch']}, {config['mega_batches']} mega-batches of {config['epochs']} epochs, "
         f"replay {config['replay']}, {data['train']} training and {data['test']} test images; "
-        f"{first['device']}, torch {first['versions']['torch']}. Mean ± sample standard deviation over seeds."
+        f"{'; '.join(machines)}. Mean ± sample standard deviation over seeds."
     )
     text = f"{caption}\n\n{table(dataset, runs, names)}"
-    for name, figure in figures(dataset, runs, names).items():
+    for name, figure in figures(title, runs, names).items():
         lure.write(folder / f"{name}.png", partial(figure.savefig, format="png", dpi=150))
     lure.write(folder / "table.md", lambda path: path.write_text(text))
     return text
@@ -289,7 +298,7 @@ def table(dataset: str, runs: dict, names: dict) -> str:
     tested = 10_350 if known == "restricted-imagenet" else 80_000  # in the paper, over all mega-batches
     beside = ["paper", "difference"] if paper else []
     head = ["Method", "Seeds", "Test accuracy, %", *beside, "CER", *beside, "Gap, points", *beside, "ECE, %"]
-    lines = [[*head, "Accuracy − warm start's", "Image passes", "Time, s"]]
+    lines = [[*head, "Accuracy − warm start's", "Image passes", "Training, s"]]
     lines.append([":---"] + ["---:"] * (len(lines[0]) - 1))
     baseline = {r["config"]["seed"]: r["totals"]["test_accuracy"] for r in runs.get("warm-start", [])}
     columns = (("test_accuracy", "test_acc", 2), ("cer", "cer", 0), ("generalization_gap", "gap", 2))
@@ -313,13 +322,13 @@ def table(dataset: str, runs: dict, names: dict) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
-def figures(dataset: str, runs: dict, names: dict) -> dict:
+def figures(title: str, runs: dict, names: dict) -> dict:
     """Anytime curves and, from the *.metrics.json beside records, reliability diagram and corruption bars."""
     from matplotlib.figure import Figure
 
-    def axes_of(name, title, size):
+    def axes_of(name, what, size):
         drawn[name] = Figure(figsize=size, layout="constrained")
-        return drawn[name].subplots(subplot_kw={"title": f"{dataset}: {title}"})
+        return drawn[name].subplots(subplot_kw={"title": f"{title}: {what}"})
 
     drawn, measured = {}, {}
     style = {
@@ -351,7 +360,7 @@ def figures(dataset: str, runs: dict, names: dict) -> dict:
         axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
         axes.legend(fontsize=8)
 
-    corrupted = {row: [m for m in found if "mca" in m] for row, found in measured.items()}
+    corrupted = {row: [m for m in found if "corruptions" in m] for row, found in measured.items()}
     if corrupted := {row: found for row, found in corrupted.items() if found}:
         axes, width = (
             axes_of("corruptions", "corruptions, mean of five severities", (12, 4.5)),
@@ -361,7 +370,7 @@ def figures(dataset: str, runs: dict, names: dict) -> dict:
             bars = [
                 statistics.fmean(a for m in found for a in m["corruptions"][name]) for name in CORRUPTIONS
             ]
-            bars.append(statistics.fmean(m["mca"] for m in found))
+            bars.append(statistics.fmean(m["corruptions"]["mean"] for m in found))
             x = [place + width * (i - (len(corrupted) - 1) / 2) for place in range(len(bars))]
             axes.bar(
                 x, bars, width, label=names[row], hatch=("", "///", "...", "xxx")[i % 4], ec="white", lw=0.3
@@ -373,11 +382,9 @@ def figures(dataset: str, runs: dict, names: dict) -> dict:
 
 
 # ------------------------------------------------------------ Command line
-
-
 def main(argv=None) -> int:
     """The command line; its status is that of `lure.main`."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = lure.Parser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser("report", help="table and figures of folders of runs")
     command.add_argument("paths", nargs="+", type=Path, metavar="FOLDER")

@@ -10,7 +10,7 @@ learned, keeps the top 80 %, redraws the others, and trains on: Algorithm 1 of t
     python lure.py --dataset digits --arch small --mega-batches 4 --epochs 10    # half a minute on a laptop
     python lure.py --dataset cifar10 --out lure-1.json                           # the paper's protocol
 
-The functions from `mega_batches` to `expected_calibration_error` lift out with their imports.
+The functions from `mega_batches` to `expected_calibration_error` lift out with the imports that they use.
 """
 
 import argparse
@@ -36,9 +36,8 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
+
 # ------------------------------------------------------------ Settings: this dataclass is the command line
-
-
 def option(default, help, choices=(), low=0, high=sys.float_info.max):
     return field(default=default, metadata=dict(help=help, choices=choices, low=low, high=high))
 
@@ -57,7 +56,7 @@ class Config:
     image_size: int = option(32, "side that the images of folders are resized to, at least 1", low=1)
     limit: int = option(0, "training images to use, a stratified choice; 0: all")
     limit_test: int = option(0, "test images to use, a stratified choice; 0: all")
-    shots: int = option(0, "training images of each class to use; 0: all")
+    shots: int = option(0, "training images of each class to use, whatever --limit is; 0: all")
     label_noise: float = option(0.0, "probability that a training label is redrawn, in [0, 1]", high=1)
     arch: str = option("resnet18", "network", ARCHITECTURES)
     mega_batches: int = option(8, "number of mega-batches, at least 1", low=1)
@@ -94,8 +93,6 @@ class DataError(Exception):
 
 
 # ------------------------------------------------------------ Stream (section 3)
-
-
 class MegaBatch(NamedTuple):
     train: Tensor  # int64 indices of what to train on now, replay included
     val: Tensor  # this mega-batch's validation part
@@ -128,8 +125,6 @@ def mega_batches(
 
 
 # ------------------------------------------------------------ Unlearn: sensitivity, mask, reinitialisation
-
-
 def connection_sensitivity(model, images, labels, chunk=256) -> dict[str, Tensor]:
     """SNIP's connection sensitivity s_j = |g_j| / Σ_k |g_k| (Eq. 2; Lee et al. 2018, arXiv 1810.02340).
 
@@ -191,22 +186,23 @@ def reinitialize_(model: nn.Module, mask: dict[str, Tensor], generator: torch.Ge
         if name not in parameters or parameters[name].shape != m.shape:
             raise ValueError(f"mask: the model has no parameter {name!r} of shape {tuple(m.shape)}")
     for name, m in mask.items():
-        p, bound = parameters[name], 1 / math.sqrt(math.prod(m.shape[1:]))
+        p, bound = parameters[name], 1 / math.sqrt(max(1, math.prod(m.shape[1:])))
         drawn = torch.empty(int((~m).sum()), dtype=p.dtype, device=(generator or p).device)
         p[~m] = drawn.uniform_(-bound, bound, generator=generator).to(p.device)
     return sum(int((~m).sum()) for m in mask.values())
 
 
 def unlearn_(model, images, labels, keep=0.8, generator=None) -> dict[str, Tensor]:
-    """LURE's step on the sample π = (images, labels): score, keep, redraw. Returns the mask."""
+    """LURE's step on the sample π = (images, labels): score, keep, redraw, as in the three above.
+
+    In place; returns the mask, True where a weight was kept. ValueError unless 0 < keep <= 1.
+    """
     mask = top_k_mask(connection_sensitivity(model, images, labels), keep)
     reinitialize_(model, mask, generator)
     return mask
 
 
 # ------------------------------------------------------------ Metrics (sections 4 and 7.1)
-
-
 def cumulative_error_rate(errors) -> int:
     """CER (Eq. 4), a count: the misclassified test samples, `errors`, summed over the mega-batches."""
     return sum(int(e) for e in errors)
@@ -220,7 +216,7 @@ def generalization_gap(train_accuracy: float, val_accuracy: float) -> float:
 def expected_calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 15) -> float:
     """ECE = Σ_b (n_b/N) · |acc_b − conf_b| (Naeini et al. 2015; section 7.1), in [0, 1].
 
-    `probabilities` (N, C), `labels` (N,) int64; b: the bins (i/B, (i+1)/B] of the top-1 confidence.
+    `probabilities` (N, C) float, `labels` (N,) int64; b: the bins (i/B, (i+1)/B] of the top-1 confidence.
     """
     confidence, prediction = probabilities.double().max(dim=1)
     edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64, device=labels.device)
@@ -311,7 +307,8 @@ def load_folders(name: str, root: Path, cache: Path, image_size: int) -> Dataset
                 folders = list(RESTRICTED_IMAGENET)
             samples.append(make_dataset(root / split, label_of, IMG_EXTENSIONS))
         except OSError as error:
-            raise DataError(f"{error}; expected {root}/{split}/<class>/<image>") from error
+            source = "" if name == "folder" else ", ILSVRC 2012 from image-net.org"
+            raise DataError(f"{error}; expected {root}/{split}/<class>/<image>{source}") from error
         classes.append(folders)
     if odd := sorted(set(classes[0]) ^ set(classes[1])):
         raise DataError(f"{root}: expected every class in both splits, {odd[0]!r} is in one only")
@@ -322,7 +319,7 @@ def load_folders(name: str, root: Path, cache: Path, image_size: int) -> Dataset
     if not stored.exists():
         with ThreadPoolExecutor() as pool:
             decoded = pool.map(partial(decode_image, size=image_size), paths)
-            decoded = torch.stack(list(tqdm(decoded, f"decode {root}", len(paths), unit="image")))
+            decoded = torch.stack(list(tqdm(decoded, f"decode {root}", len(paths), disable=None)))
         write(stored, partial(torch.save, decoded))
     images, labels = torch.load(stored, weights_only=True).split(sizes), torch.tensor(labels).split(sizes)
     return Dataset(images[0], labels[0], images[1], labels[1], classes[0])
@@ -340,7 +337,7 @@ def decode_image(path: str, size: int) -> Tensor:
 
 
 def corrupt_labels(labels: Tensor, num_classes: int, probability: float, generator=None) -> Tensor:
-    """Each label redrawn, with `probability`, over all classes, its own among them (section 6.3)."""
+    """Each label (int64) redrawn, with `probability`, over all classes, its own among them (section 6.3)."""
     redrawn = torch.randint(num_classes, labels.shape, generator=generator)
     return torch.where(torch.rand(labels.shape, generator=generator) < probability, redrawn, labels)
 
@@ -357,8 +354,6 @@ def write(path, save) -> None:
 
 
 # ------------------------------------------------------------ Networks
-
-
 def build_model(arch, num_classes, in_channels=3, mean=CIFAR10[0], std=CIFAR10[1], generator=None):
     """One of `ARCHITECTURES` for small images: float (N, C, H, W) in [0, 1] → logits (N, num_classes).
 
@@ -393,19 +388,15 @@ def small_resnet(num_classes: int, in_channels: int) -> nn.Module:
 
     model = nn.Sequential()  # of what is assigned to it, in that order
     model.conv1, model.bn1, model.relu = conv3x3(in_channels, 16), nn.BatchNorm2d(16), nn.ReLU(inplace=True)
-    model.layer1 = nn.Sequential(BasicBlock(16, 16), BasicBlock(16, 16))
-    for i, n in ((2, 16), (3, 32), (4, 64)):
-        shortcut = nn.Sequential(conv1x1(n, 2 * n, 2), nn.BatchNorm2d(2 * n))
-        blocks = nn.Sequential(BasicBlock(n, 2 * n, 2, shortcut), BasicBlock(2 * n, 2 * n))
-        setattr(model, f"layer{i}", blocks)
+    for i, (a, b) in enumerate(((16, 16), (16, 32), (32, 64), (64, 128)), start=1):
+        shortcut = nn.Sequential(conv1x1(a, b, 2), nn.BatchNorm2d(b)) if a < b else None
+        setattr(model, f"layer{i}", nn.Sequential(BasicBlock(a, b, b // a, shortcut), BasicBlock(b, b)))
     model.avgpool, model.flatten = nn.AdaptiveAvgPool2d(1), nn.Flatten()
     model.fc = nn.Linear(128, num_classes)
     return model
 
 
 # ------------------------------------------------------------ Learn: the loop, all of it on the device
-
-
 def to_input(pixels: Tensor) -> Tensor:
     """uint8 (N, H, W, C) → float32 (N, C, H, W) in [0, 1], channels last in memory."""
     return pixels.permute(0, 3, 1, 2).float() / 255
@@ -448,7 +439,7 @@ def train_epoch_(model, optimizer, pixels, labels, train, config, generator) -> 
 
 
 def learn_(model, optimizer, pixels, labels, train, val, config, generator, bar) -> dict:
-    """Train on the samples `train` for a mega-batch. Returns how that went, for the record."""
+    """Train on the samples `train` for a mega-batch. Returns the last running accuracy and the speed."""
     best, weights, start = -1.0, None, time.perf_counter()
     for epoch in range(config.epochs):
         decays = (5 * epoch >= 2 * config.epochs) + (5 * epoch >= 4 * config.epochs)  # of 50, at 20 and at 40
@@ -481,34 +472,32 @@ def evaluate(model: nn.Module, pixels: Tensor, labels: Tensor) -> dict:
 
 
 # ------------------------------------------------------------ Algorithm 1: learn, unlearn, relearn
-
-
 def lure_(model, pi, seen, fresh, generator, keep=0.8) -> dict[str, Tensor]:
-    """LURE as a method of `run`: one unlearning step on π."""
+    """LURE as a method of `run`: `unlearn_` on π. In a run, `keep` is the configuration's."""
     return unlearn_(model, *pi, keep, generator)
 
 
 def run(config: Config, forget=lure_) -> dict:
-    """Algorithm 1. Returns the record of the run, and writes it to `config.out`.
+    """Algorithm 1. Returns the record of the run, and writes it to `config.out`; if it is there, it is read.
 
     `forget(model, pi, seen, fresh, generator)` changes the model in place between mega-batches and returns a
     mask (True: kept) or None. `pi` is the sample π, (images, labels); `seen()` yields one such pair per
     mega-batch of which the replay policy still holds samples; images are float in [0, 1], not augmented;
     `fresh()` builds a newly initialised network. At one seed, data, order and start are the same for every
     `forget`. ValueError for settings that cannot be, DataError for data, FloatingPointError for a loss that
-    is not finite.
+    is not finite, OSError for a file that cannot be written.
     """
     from tqdm import tqdm
 
-    if (record := finished(config)) is not None:
-        return record
     c, device = config, pick_device(config.device)
+    forget = partial(lure_, keep=c.keep) if forget is lure_ else forget
     stream_rng, start_rng, forget_rng = (torch.Generator().manual_seed(4 * c.seed + i) for i in range(3))
     order_rng = torch.Generator(device).manual_seed(4 * c.seed + 3)
     data = load_dataset(c.dataset, c.data, c.cache, c.image_size, c.limit, c.limit_test, c.shots)
-    pixels, test_pixels = (
-        x.permute(0, 2, 3, 1).contiguous().to(device) for x in (data.images, data.test_images)
-    )
+    origin = provenance(c, device, data)
+    if (record := finished(c, origin)) is not None:
+        return record
+    pixels, test_pixels = (x.permute(0, 2, 3, 1).contiguous().to(device) for x in data[:4:2])
     labels = corrupt_labels(data.labels, len(data.classes), c.label_noise, stream_rng).to(device)
     test_labels = data.test_labels.to(device)
     stream = mega_batches(len(labels), c.mega_batches, c.replay, c.buffer_size, c.val_fraction, stream_rng)
@@ -524,30 +513,31 @@ def run(config: Config, forget=lure_) -> dict:
         return to_input(pixels[index]), labels[index]
 
     model, optimizer, rows = build(start_rng), None, []
-    bar = tqdm(total=c.epochs * sum(len(b.train) for b in stream), unit="img", unit_scale=True, disable=None)
-    for i, batch in enumerate(stream):
-        bar.set_description(f"mega-batch {i + 1} of {len(stream)}")
-        val = torch.cat([b.val for b in stream[: i + 1]]) if c.replay == "full" else batch.val
-        if optimizer is None or not c.keep_momentum:
-            optimizer = torch.optim.SGD(model.parameters(), c.lr, c.momentum, weight_decay=c.weight_decay)
-        row = learn_(model, optimizer, pixels, labels, batch.train, val, c, order_rng, bar)  # learn, relearn
-        row["train"] = evaluate(model, pixels[batch.train], labels[batch.train])
-        if not math.isfinite(row["train"]["loss"]):
-            raise FloatingPointError(f"{bar.desc}after epoch {c.epochs}, the loss is {row['train']['loss']}")
-        row["val"] = evaluate(model, pixels[val], labels[val])
-        row["test"] = evaluate(model, test_pixels, test_labels)
-        rows.append(row | {"redrawn": None})
-        bar.write(f"{bar.desc}{row['test']['accuracy']:.2f} % of the test set", file=sys.stderr)
-        if i + 1 < len(stream):  # unlearn
-            source = dict(learned=batch.new, seen=batch.train, next=stream[i + 1].new)[c.pi]
+    total = c.epochs * sum(len(batch.train) for batch in stream)
+    with tqdm(total=total, unit="img", unit_scale=True, disable=None) as bar:
+        for i, batch in enumerate(stream):
+            bar.set_description(f"mega-batch {i + 1} of {len(stream)}")
+            val = torch.cat([b.val for b in stream[: i + 1]]) if c.replay == "full" else batch.val
+            if optimizer is None or not c.keep_momentum:
+                optimizer = torch.optim.SGD(model.parameters(), c.lr, c.momentum, weight_decay=c.weight_decay)
+            row = learn_(model, optimizer, pixels, labels, batch.train, val, c, order_rng, bar)  # or relearn
+            row["train"] = evaluate(model, pixels[batch.train], labels[batch.train])
+            row["val"] = evaluate(model, pixels[val], labels[val])
+            row["test"] = evaluate(model, test_pixels, test_labels)
+            if not all(math.isfinite(row[split]["loss"] or 0) for split in ("train", "val", "test")):
+                raise FloatingPointError(f"{bar.desc}after epoch {c.epochs}, the loss is not finite")
+            rows.append(row | {"redrawn": None})
+            bar.write(f"{bar.desc}{row['test']['accuracy']:.2f} % of the test set", file=sys.stderr)
+            if i + 1 == len(stream):
+                break
+            source = dict(learned=batch.new, seen=batch.train, next=stream[i + 1].new)[c.pi]  # unlearn
             size = max(1, round(c.pi_fraction * len(source)))
             pi = sample(source[torch.randperm(len(source), generator=forget_rng)[:size].to(device)])
             held = [h for b in stream[: i + 1] if len(h := b.new[torch.isin(b.new, batch.train)])]
             mask = forget(model, pi, partial(map, sample, held), partial(build, forget_rng), forget_rng)
             if mask is not None:
                 rows[-1]["redrawn"] = torch.cat([~m.flatten() for m in mask.values()]).double().mean().item()
-    bar.close()
-    record = dict(config=asdict(c), totals=totals(rows), mega_batches=rows, **provenance(device, data))
+    record = dict(config=asdict(c), totals=totals(rows), mega_batches=rows, **origin)
     if c.checkpoint:
         state = dict(config=asdict(c), classes=data.classes, weights=model.state_dict())
         write(c.checkpoint, partial(torch.save, state))
@@ -557,22 +547,24 @@ def run(config: Config, forget=lure_) -> dict:
 
 
 # ------------------------------------------------------------ Checks, record, command line
-
-
 def pick_device(name: str) -> torch.device:
     name = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device: cannot use {name} ({str(error).splitlines()[0]})") from error
+        if torch.device(name).type in ("cpu", "cuda"):
+            return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError):
+        pass
+    raise ValueError(f"--device {name}: expected cpu, or cuda or cuda:N where there is such a GPU")
 
 
 def check_feasible(config: Config, pixels: Tensor, stream: list[MegaBatch]) -> None:
-    """What would else be found out when the work is done. ValueError or OSError."""
+    """What would otherwise be found out when the work is done. ValueError or OSError."""
     if config.arch == "vgg16_bn" and min(pixels.shape[1:3]) < 16:
         raise ValueError("--arch vgg16_bn: expected images of at least 16×16 pixels, for its four max-pools")
     if config.select == "best-val" and not all(len(batch.val) for batch in stream):
         raise ValueError("--select best-val: expected validation samples; --val-fraction leaves none")
+    if min(len(batch.train) for batch in stream) < 2:
+        raise ValueError("--mega-batches: expected two training samples in each, for batch normalisation")
     for path in filter(None, (config.out, config.checkpoint)):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         if os.path.isdir(path) or not os.access(Path(path).parent, os.W_OK):
@@ -582,25 +574,25 @@ def check_feasible(config: Config, pixels: Tensor, stream: list[MegaBatch]) -> N
 def totals(rows: list[dict]) -> dict:
     """The paper's metrics of a run, from its mega-batches."""
     last, cer = rows[-1], cumulative_error_rate(row["test"]["errors"] for row in rows)
-    train, val = last["train"]["accuracy"], last["val"]["accuracy"]
+    train, val, test = (last[split]["accuracy"] for split in ("train", "val", "test"))
     gap = None if val is None else generalization_gap(train, val)
-    sums = {name: sum(row[name] for row in rows) for name in ("image_passes", "seconds")}
-    return (
-        dict(test_accuracy=last["test"]["accuracy"], cer=cer, generalization_gap=gap, ece=last["test"]["ece"])
-        | sums
-    )
+    final = dict(test_accuracy=test, cer=cer, generalization_gap=gap, ece=last["test"]["ece"])
+    return final | {name: sum(row[name] for row in rows) for name in ("image_passes", "seconds")}
 
 
-PATHS = {"data", "cache", "out", "checkpoint", "device"}  # where things are; all else decides the result
+PATHS = {"data", "cache", "out", "checkpoint", "device"}  # where things are: no two runs differ by these
 
 
-def finished(config: Config) -> dict | None:
-    """The record at `config.out`, if it is this configuration's. ValueError if it is another's."""
+def finished(config: Config, origin: dict) -> dict | None:
+    """The record at `config.out`, if it is of this configuration and these data. ValueError if it is not."""
     if not config.out or not os.path.exists(config.out):
         return None
     try:
         record = json.loads(Path(config.out).read_text())
-        there, here = record["config"], json.loads(json.dumps(asdict(config)))
+        there, here = (
+            record["config"] | record["data"],
+            json.loads(json.dumps(asdict(config) | origin["data"])),
+        )
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{config.out}: expected the record of a run, or no file") from error
     if odd := [k for k in there | here if k not in PATHS and there.get(k) != here.get(k)]:
@@ -609,14 +601,21 @@ def finished(config: Config) -> dict | None:
     return record if not config.checkpoint or os.path.exists(config.checkpoint) else None
 
 
-def provenance(device: torch.device, data: Dataset) -> dict:
+def provenance(config: Config, device: torch.device, data: Dataset) -> dict:
     """Where a number comes from: command, git commit, data, versions, device."""
+    command = ["python", os.path.basename(sys.modules[type(config).__module__].__file__)]
+    for f in fields(config):
+        if (value := getattr(config, f.name)) != f.default:
+            command.append("--" + f.name.replace("_", "-"))
+            command += (
+                [] if value is True else map(str, value if isinstance(value, (list, tuple)) else [value])
+            )
     git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty"]
     git = shlex.join([*git, "--abbrev=40", "--exclude=*"])  # by a shell, since there may be no git
     commit = subprocess.run(git, shell=True, capture_output=True, text=True).stdout.strip()
     content = hashlib.sha256(b"".join(tensor.contiguous().numpy().tobytes() for tensor in data[:4]))
     return dict(
-        command=shlex.join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]]),
+        command=shlex.join(command),
         git_commit=commit or None,
         data=dict(train=len(data.labels), test=len(data.test_labels), sha256=content.hexdigest()),
         versions=dict(torch=torch.__version__, torchvision=torchvision.__version__),
@@ -624,6 +623,11 @@ def provenance(device: torch.device, data: Dataset) -> dict:
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         threads=torch.get_num_threads(),
     )
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # one line, without the usage
+        self.exit(2, f"{self.prog}: {message}\n")
 
 
 def guarded(program: str, call) -> int:
@@ -636,9 +640,9 @@ def guarded(program: str, call) -> int:
     return 0
 
 
-def main(argv=None, options=Config, method=lambda config: partial(lure_, keep=config.keep)) -> int:
+def main(argv=None, options=Config, method=lambda config: lure_) -> int:
     """The command line. Returns 0; 2: a wrong call; 1: wrong data, or a loss not finite; 130: interrupted."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     for f in fields(options):
         choices = f" ({', '.join(f.metadata['choices'])})" if f.metadata["choices"] else ""
         kind = dict(action="store_true") if f.default is False else dict(type=type(f.default), metavar="X")

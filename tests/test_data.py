@@ -212,5 +212,5 @@ def test_the_real_images_train_and_are_measured(real, tmp_path):
     corruptions = ["--corruptions", str(real / "cifar10c-sample")]
     assert evaluate.main(["metrics", str(tmp_path / "lure-1.pt"), *few, *corruptions]) == 0
     found = json.loads((tmp_path / "lure-1.metrics.json").read_text())
-    assert len(found["corruptions"]) == 19 and 5 < found["mca"] < 100
+    assert len(found["corruptions"]) == 19 + 1 and 5 < found["corruptions"]["mean"] < 100
     assert found["pgd"]["4/255"] < found["accuracy"]

@@ -1,4 +1,5 @@
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -104,7 +105,7 @@ def test_attack_on_the_models_own_predictions_never_raises_its_accuracy(seed):
     accuracies = [
         evaluate.accuracy(model, evaluate.pgd_attack(model, images, own, e), own) for e in (0, 0.02, 0.3)
     ]
-    assert accuracies[0] == 100 and accuracies[1] <= 100 and accuracies[2] < 100
+    assert accuracies[0] == 100 and accuracies[2] < 100 and accuracies[1] <= 100
 
 
 @pytest.mark.parametrize("epsilon, steps", [(-0.1, 10), (float("nan"), 10), (0.1, 0)])
@@ -143,10 +144,10 @@ def test_corruption_accuracy_by_severity_for_any_size(tmp_path, n):
     found = evaluate.corruption_accuracy(Gray(), corrupted(tmp_path / "c", n))
     labels = torch.arange(n) % 5
     dark, bright = (100 * (labels == c).double().mean().item() for c in (0, 1))
+    expected = [dark, dark, bright, bright, bright]
+    assert found.pop("mean") == pytest.approx(sum(expected) / 5)
     assert list(found) == evaluate.CORRUPTIONS and len(found) == 19
-    assert all(
-        severities == pytest.approx([dark, dark, bright, bright, bright]) for severities in found.values()
-    )
+    assert all(severities == pytest.approx(expected) for severities in found.values())
 
 
 def test_corruption_folder_that_is_not_one_names_the_file(tmp_path):
@@ -154,6 +155,7 @@ def test_corruption_folder_that_is_not_one_names_the_file(tmp_path):
     for spoil, message in (
         (lambda: (folder / "fog.npy").unlink(), "fog.npy: expected an array"),
         (lambda: (folder / "fog.npy").write_text("no array"), "fog.npy: expected an array"),
+        (lambda: (folder / "fog.npy").write_bytes(b""), "fog.npy: expected an array"),
         (lambda: np.save(folder / "fog.npy", np.zeros((30, 8, 8, 3))), "fog.npy: expected uint8"),
         (lambda: np.save(folder / "fog.npy", np.zeros((29, 8, 8, 3), np.uint8)), "fog.npy: expected uint8"),
         (lambda: np.save(folder / "fog.npy", np.zeros((30, 8, 8), np.uint8)), "fog.npy: expected uint8"),
@@ -169,7 +171,7 @@ def test_corruption_folder_that_is_not_one_names_the_file(tmp_path):
 
 
 def test_weight_noise_is_gaussian_and_the_model_is_put_back():
-    model, (images, labels) = network().eval(), pictures()
+    model, (images, labels) = network().train(), pictures()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     seen = []
     hook = model[0].register_forward_pre_hook(
@@ -180,6 +182,7 @@ def test_weight_noise_is_gaussian_and_the_model_is_put_back():
     draw = lambda: torch.Generator().manual_seed(3)  # noqa: E731
     clean, noisy = evaluate.weight_noise_accuracy(model, images, labels, [0, 0.5], 4, draw())
     hook.remove()
+    assert all(module.training for module in model.modules())
     assert clean == pytest.approx(evaluate.accuracy(model, images, labels)) and 0 <= noisy <= 100
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert len(seen) == 8 and not any(s.any() for s in seen[:4]) and not torch.equal(seen[4], seen[5])
@@ -297,19 +300,41 @@ def test_metrics_of_a_checkpoint(folder, tmp_path, capsys):
     model, config = evaluate.load_checkpoint(folder / "lure-1.pt", torch.device("cpu"))
     clean = evaluate.accuracy(model, everything.images.float() / 255, everything.labels)
     assert found["weight_noise"]["0.0"] == pytest.approx(clean)
-    assert config | {"set": []} == record["config"]
+    assert config | {"set": []} == record["config"] | {"classes": list("0123456789")}
     assert "accuracy" in capsys.readouterr().out
 
 
 def test_report_draws_what_metrics_measured(folder, tmp_path):
     runs = copy(folder, tmp_path)
     bins = {"count": [3.0, 5.0], "accuracy": [0.3, 0.8], "confidence": [0.4, 0.9]}
-    corruptions = {name: [50.0] * 5 for name in evaluate.CORRUPTIONS}
+    corruptions = {name: [50.0] * 5 for name in evaluate.CORRUPTIONS} | {"mean": 50.0}
     for name in ("lure-1", "warm-start-2"):
-        measured = {"reliability": bins, "ece": 0.1, "corruptions": corruptions, "mca": 50.0}
+        measured = {"reliability": bins, "ece": 0.1, "corruptions": corruptions}
         (runs / f"{name}.metrics.json").write_text(json.dumps(measured))
     evaluate.report(runs)
     assert {p.name for p in runs.glob("*.png")} == {"anytime.png", "reliability.png", "corruptions.png"}
+
+
+def test_metrics_refuse_data_of_other_classes(tmp_path, capsys):
+    weights = lure.build_model("small", 3, 1, (0.0,), (1.0,)).state_dict()
+    torch.save(
+        {
+            "config": asdict(lure.Config(dataset="digits", arch="small")),
+            "classes": ["a", "b", "c"],
+            "weights": weights,
+        },
+        tmp_path / "x.pt",
+    )
+    assert evaluate.main(["metrics", str(tmp_path / "x.pt")]) == 1
+    assert "x.pt: was trained on other classes" in capsys.readouterr().err
+
+
+def test_a_methods_own_settings_are_in_its_name(tmp_path):
+    out = tmp_path / "digits"
+    for name, more in (("warm-start", []), ("sp-noisy", ["--set", "noise=0.1"])):
+        options = ["--method", name.removesuffix("-noisy"), *more, "--out", f"{out}/{name}-1.json"]
+        assert baselines.main([*SMALL, *options]) == 0
+    assert "| S&P, noise 0.1 |" in evaluate.report(out)
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", None])

@@ -822,6 +822,24 @@ def test_totals_are_those_of_the_rows(record):
     assert not rows[1].get("redrawn")
 
 
+@pytest.mark.parametrize("keep", [0.5, 1.0])
+def test_the_share_kept_is_that_of_the_configuration(keep):
+    assert lure.run(tiny(keep=keep))["mega_batches"][0]["redrawn"] == pytest.approx(1 - keep, abs=1e-5)
+
+
+def test_a_loss_that_is_not_finite_on_the_test_set_alone_is_found(tmp_path, monkeypatch):
+    def broken_network(*args):
+        model = build(*args)
+        model.fc.register_forward_hook(lambda m, x, out: out * math.inf if len(out) == 60 else out)
+        return model
+
+    build = lure.build_model
+    monkeypatch.setattr(lure, "build_model", broken_network)
+    with pytest.raises(FloatingPointError, match="mega-batch 1 of 2"):
+        lure.run(tiny(out=str(tmp_path / "x.json")))
+    assert not list(tmp_path.iterdir())
+
+
 def test_every_method_gets_the_same_stream_start_and_order():
     runs = [watched(tiny(seed=3, epochs=2), forget) for forget in (lure.lure_, nothing, redraw_all)]
     (first, epochs), *others = runs
