@@ -261,11 +261,18 @@ def test_the_tables_of_the_readme_are_what_the_results_say(tmp_path):
         assert table.read_text().split("\n\n", 1)[1] in README
 
 
+def test_the_numbers_in_the_prose_are_in_the_tables():
+    prose = re.search(r"(?s)What it shows:\n(.*?)\n## ", README)[1]
+    tables = " ".join(path.read_text() for path in (ROOT / "results").glob("*/*/table.md"))
+    numbers = re.findall(r"\d+\.\d+", prose)
+    assert numbers and all(re.search(rf"(?<![\d.]){re.escape(n)}(?![\d.])", tables) for n in numbers)
+
+
 def test_what_the_readme_names_is_there():
     for path in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / path).exists(), path
     targets = re.findall(r"^([a-z0-9-]+):.*  ## ", (ROOT / "Makefile").read_text(), re.M)
-    assert set(re.findall(r"`make ([a-z0-9-]+)", README)) <= set(targets)
+    assert set(re.findall(r"`make ([a-z][a-z0-9-]*)", README)) <= set(targets)
     options = {"--" + f.name.replace("_", "-") for f in fields(baselines.Config)}
     options |= {"--corruptions", "--epsilons", "--sigmas", "--help"}
     assert set(re.findall(r"`(--[a-z-]+)", README)) <= options
