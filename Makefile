@@ -5,6 +5,9 @@ MAKEFLAGS += --no-builtin-rules --no-print-directory
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint table1-small reproduce-table1 prepare runs clean
 
+# Variables count on the command line, not in the environment, where the same names may mean something else.
+$(foreach v,OUT DATA IMAGENET DATASETS METHODS VARIANTS SEEDS BASE ARGS,$(if $(findstring environment,$(origin $v)),$(eval $v :=)))
+
 ifeq ($(origin PYTHON),command line)
 READY :=
 else
