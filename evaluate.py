@@ -388,7 +388,7 @@ def main(argv=None) -> int:
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser("report", help="table and figures of folders of runs")
     command.add_argument("paths", nargs="+", type=Path, metavar="FOLDER")
-    command.set_defaults(run=lambda path, args: print(report(path)))
+    command.set_defaults(run=lambda path, args: print(f"{report(path)}\n{path}: table.md, anytime.png"))
     command = commands.add_parser(
         "metrics", help="calibration, attack, weight noise, corruptions of checkpoints"
     )

@@ -235,7 +235,7 @@ def test_report_of_a_folder(folder, tmp_path, capsys):
         totals[f"lure-{s}"]["test_accuracy"] - totals[f"warm-start-{s}"]["test_accuracy"] for s in (1, 2)
     ]
     assert rows[4][6].startswith(f"{sum(differences) / 2:+.2f} ± ")
-    assert (runs / "table.md").read_text() + "\n" == text
+    assert f"{(runs / 'table.md').read_text()}\n{runs}: table.md, anytime.png\n" == text
     assert (runs / "anytime.png").read_bytes().startswith(b"\x89PNG")
     assert not (runs / "reliability.png").exists()
 
