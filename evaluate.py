@@ -179,7 +179,8 @@ def metrics(path: Path, args: argparse.Namespace) -> dict:
     probabilities = predict(model, test_x).softmax(1)
     if data.classes != config["classes"]:
         raise DataError(f"{path}: was trained on other classes than those of {args.data or config['data']}")
-    result = {"config": config, "accuracy": accuracy(model, test_x, test_y)}
+    origin = lure.provenance(["evaluate.py", *args.argv], device, data)
+    result = {"config": config, **origin, "accuracy": accuracy(model, test_x, test_y)}
     result["ece"] = expected_calibration_error(probabilities, test_y)
     result["reliability"] = {k: v.tolist() for k, v in reliability_bins(probabilities, test_y).items()}
     result["pgd"] = {}
@@ -403,6 +404,7 @@ def main(argv=None) -> int:
     command.add_argument("--device", default="auto")
     command.set_defaults(run=lambda path, args: print(path, summary(metrics(path, args))))
     args = parser.parse_args(argv)
+    args.argv = sys.argv[1:] if argv is None else argv
     return lure.guarded(parser.prog, lambda: [args.run(path, args) for path in args.paths])
 
 

@@ -494,7 +494,7 @@ def run(config: Config, forget=lure_) -> dict:
     stream_rng, start_rng, forget_rng = (torch.Generator().manual_seed(4 * c.seed + i) for i in range(3))
     order_rng = torch.Generator(device).manual_seed(4 * c.seed + 3)
     data = load_dataset(c.dataset, c.data, c.cache, c.image_size, c.limit, c.limit_test, c.shots)
-    origin = provenance(c, device, data)
+    origin = provenance(command_line(c), device, data)
     if (record := finished(c, origin)) is not None:
         return record
     pixels, test_pixels = (x.permute(0, 2, 3, 1).contiguous().to(device) for x in data[:4:2])
@@ -601,21 +601,24 @@ def finished(config: Config, origin: dict) -> dict | None:
     return record if not config.checkpoint or os.path.exists(config.checkpoint) else None
 
 
-def provenance(config: Config, device: torch.device, data: Dataset) -> dict:
-    """Where a number comes from: command, git commit, data, versions, device."""
-    command = ["python", os.path.basename(sys.modules[type(config).__module__].__file__)]
+def command_line(config: Config) -> list[str]:
+    """The call of this script, or of the one that extends `Config`, that means `config`."""
+    words = [os.path.basename(sys.modules[type(config).__module__].__file__)]
     for f in fields(config):
         if (value := getattr(config, f.name)) != f.default:
-            command.append("--" + f.name.replace("_", "-"))
-            command += (
-                [] if value is True else map(str, value if isinstance(value, (list, tuple)) else [value])
-            )
+            values = [] if value is True else value if isinstance(value, (list, tuple)) else [value]
+            words += ["--" + f.name.replace("_", "-"), *map(str, values)]
+    return words
+
+
+def provenance(command: list[str], device: torch.device, data: Dataset) -> dict:
+    """Where a number comes from: command, git commit, data, versions, device."""
     git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty"]
     git = shlex.join([*git, "--abbrev=40", "--exclude=*"])  # by a shell, since there may be no git
     commit = subprocess.run(git, shell=True, capture_output=True, text=True).stdout.strip()
     content = hashlib.sha256(b"".join(tensor.contiguous().numpy().tobytes() for tensor in data[:4]))
     return dict(
-        command=shlex.join(command),
+        command=shlex.join(["python", *command]),
         git_commit=commit or None,
         data=dict(train=len(data.labels), test=len(data.test_labels), sha256=content.hexdigest()),
         versions=dict(torch=torch.__version__, torchvision=torchvision.__version__),

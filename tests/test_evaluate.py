@@ -295,6 +295,8 @@ def test_metrics_of_a_checkpoint(folder, tmp_path, capsys):
         found["pgd"]["0/255"] == pytest.approx(found["accuracy"])
         and found["pgd"]["8/255"] <= found["accuracy"]
     )
+    assert found["command"].startswith("python evaluate.py metrics") and found["command"].endswith("0 0.02")
+    assert found["data"]["test"] == 60 and found["versions"]["torch"] == torch.__version__
     assert sum(found["reliability"]["count"]) == 60 and "corruptions" not in found
     everything = lure.load_dataset("digits", limit=120, limit_test=60)
     model, config = evaluate.load_checkpoint(folder / "lure-1.pt", torch.device("cpu"))
