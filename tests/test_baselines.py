@@ -7,24 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_lure import same, seeded, seeds, state
 from torch import nn
 
 import baselines
 import lure
-
-seeds = st.integers(0, 2**32 - 1)
-
-
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
-
-
-def state(model):
-    return {name: t.clone() for name, t in model.state_dict().items()}
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def net(seed, dtype=torch.float64):
