@@ -377,7 +377,7 @@ def figures(title: str, runs: dict, names: dict) -> dict:
                 x, bars, width, label=names[row], hatch=("", "///", "...", "xxx")[i % 4], ec="white", lw=0.3
             )
         axes.set_xticks(range(20), [*CORRUPTIONS, "mean (mCA)"], rotation=40, ha="right", fontsize=8)
-        axes.set(ylabel="accuracy, %")
+        axes.set(ylabel="accuracy, %", ymargin=0.2)  # room for the legend
         axes.legend(fontsize=8, ncols=5)
     return drawn
 
