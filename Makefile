@@ -60,6 +60,7 @@ method_warm-start-gamma1 = --method warm-start --gamma 1
 dataset = $(notdir $(patsubst %/,%,$(dir $@)))
 seed = $(lastword $(subst -, ,$(basename $(notdir $@))))
 name = $(patsubst %-$(seed).json,%,$(notdir $@))
+# How many runs at once; a bare -j means as many as there are, so one thread each.
 jobs = $(or $(patsubst -j%,%,$(filter -j%,$(MAKEFLAGS))),$(if $(filter -j,$(MAKEFLAGS)),99,1))
 
 # The data sets of the runs to come are downloaded, or decoded, once and before them, not by each of them at once.

@@ -7,6 +7,7 @@ Every method has the signature that `lure.run` documents: `method_(model, pi, se
 changes the model in place between two mega-batches and returns its mask (True: kept) or None.
 """
 
+import contextlib
 import inspect
 import math
 import sys
@@ -59,9 +60,8 @@ def dash_(model, pi, seen, fresh, generator, alpha=0.3, floor=0.3) -> None:
         for p, g in zip(parameters, momentum, strict=True):
             groups = p.shape[:2] if p.ndim == 4 else p.shape[:1] if p.ndim == 2 else (1,)
             g, w = g.reshape(*groups, -1), p.reshape(*groups, -1)
-            cosine = F.cosine_similarity(
-                g, w, dim=-1, eps=torch.finfo(w.dtype).tiny
-            )  # gradients can be small
+            tiny = torch.finfo(w.dtype).tiny  # the default of 1e-8 is more than some gradients
+            cosine = F.cosine_similarity(g, w, dim=-1, eps=tiny)
             p.mul_(cosine.clamp(floor, 1).view(*groups, *[1] * (p.ndim - len(groups))))
 
 
@@ -154,18 +154,26 @@ def keep_top_(model, scores, keep, generator) -> dict[str, Tensor]:
 
 def loss_gradient(model, parameters, images, labels, chunk=256) -> list[Tensor]:
     """∂L/∂θ for each of `parameters`, L the mean cross-entropy over all images, in evaluation mode."""
-    parameters, training = list(parameters), {module: module.training for module in model.modules()}
+    parameters = list(parameters)
     total = [torch.zeros_like(p) for p in parameters]
-    model.eval()
-    try:
+    with evaluating(model):
         for x, y in zip(images.split(chunk), labels.split(chunk), strict=True):
             loss = F.cross_entropy(model(x), y, reduction="sum") / len(labels)
             parts = torch.autograd.grad(loss, parameters, materialize_grads=True)
             total = [t + part for t, part in zip(total, parts, strict=True)]
+    return total
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module):
+    """Evaluation mode, and afterwards the training flags as they were."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
     finally:
         for module, flag in training.items():
             module.training = flag
-    return total
 
 
 # ------------------------------------------------------------ Command line
@@ -195,7 +203,8 @@ def method(config: Config):
     """The method that the configuration names, with its own settings. ValueError for one it does not have."""
     function = METHODS[config.method]
     own = {name: p.default for name, p in list(inspect.signature(function).parameters.items())[5:]}
-    given = {"keep": config.keep} if own.pop("keep", None) else {}
+    own.pop("keep", None)  # that is an option of its own, which `lure.run` hands over
+    given = {}
     for setting in config.set:
         key, _, text = setting.partition("=")
         if key not in own:

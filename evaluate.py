@@ -5,7 +5,6 @@ python evaluate.py report results/table1/cifar10                 # writes table.
 """
 
 import argparse
-import contextlib
 import json
 import re
 import statistics
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lure
-from baselines import METHODS
+from baselines import METHODS, evaluating
 from lure import DataError, expected_calibration_error
 
 
@@ -60,18 +59,6 @@ def pgd_attack(model, images, labels, epsilon, steps=10, step_size=None, generat
             (gradient,) = torch.autograd.grad(loss, attacked)
             attacked = (attacked.detach() + step_size * gradient.sign()).clamp(lower, upper)
     return attacked
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module):
-    """Evaluation mode, and afterwards the training flags as they were."""
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, flag in training.items():
-            module.training = flag
 
 
 @torch.inference_mode()
@@ -172,13 +159,13 @@ def metrics(path: Path, args: argparse.Namespace) -> dict:
     model, config = load_checkpoint(path, device)
     sizes = {key: config[key] for key in ("image_size", "limit", "limit_test", "shots")}
     data = lure.load_dataset(config["dataset"], args.data or config["data"], args.cache, **sizes)
+    if data.classes != config["classes"]:
+        raise DataError(f"{path}: was trained on other classes than those of {args.data or config['data']}")
     train_x, test_x = (
         lure.to_input(x.permute(0, 2, 3, 1).to(device)) for x in (data.images, data.test_images)
     )
     train_y, test_y = data.labels.to(device), data.test_labels.to(device)
     probabilities = predict(model, test_x).softmax(1)
-    if data.classes != config["classes"]:
-        raise DataError(f"{path}: was trained on other classes than those of {args.data or config['data']}")
     origin = lure.provenance(["evaluate.py", *args.argv], device, data)
     result = {"config": config, **origin, "accuracy": accuracy(model, test_x, test_y)}
     result["ece"] = expected_calibration_error(probabilities, test_y)
@@ -363,10 +350,8 @@ def figures(title: str, runs: dict, names: dict) -> dict:
 
     corrupted = {row: [m for m in found if "corruptions" in m] for row, found in measured.items()}
     if corrupted := {row: found for row, found in corrupted.items() if found}:
-        axes, width = (
-            axes_of("corruptions", "corruptions, mean of five severities", (12, 4.5)),
-            0.8 / len(corrupted),
-        )
+        axes = axes_of("corruptions", "corruptions, mean of five severities", (12, 4.5))
+        width = 0.8 / len(corrupted)
         for i, (row, found) in enumerate(corrupted.items()):
             bars = [
                 statistics.fmean(a for m in found for a in m["corruptions"][name]) for name in CORRUPTIONS

@@ -16,6 +16,7 @@ The functions from `mega_batches` to `expected_calibration_error` lift out with 
 import argparse
 import copy
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -473,7 +474,7 @@ def evaluate(model: nn.Module, pixels: Tensor, labels: Tensor) -> dict:
 
 # ------------------------------------------------------------ Algorithm 1: learn, unlearn, relearn
 def lure_(model, pi, seen, fresh, generator, keep=0.8) -> dict[str, Tensor]:
-    """LURE as a method of `run`: `unlearn_` on π. In a run, `keep` is the configuration's."""
+    """LURE as a method of `run`: `unlearn_` on π."""
     return unlearn_(model, *pi, keep, generator)
 
 
@@ -483,14 +484,16 @@ def run(config: Config, forget=lure_) -> dict:
     `forget(model, pi, seen, fresh, generator)` changes the model in place between mega-batches and returns a
     mask (True: kept) or None. `pi` is the sample π, (images, labels); `seen()` yields one such pair per
     mega-batch of which the replay policy still holds samples; images are float in [0, 1], not augmented;
-    `fresh()` builds a newly initialised network. At one seed, data, order and start are the same for every
-    `forget`. ValueError for settings that cannot be, DataError for data, FloatingPointError for a loss that
-    is not finite, OSError for a file that cannot be written.
+    `fresh()` builds a newly initialised network; `keep`, where it is a parameter, is the configuration's. At
+    one seed, data, order and start are the same for every `forget`. ValueError for settings that cannot be,
+    DataError for data, FloatingPointError for a loss that is not finite, OSError for a file that cannot be
+    written.
     """
     from tqdm import tqdm
 
     c, device = config, pick_device(config.device)
-    forget = partial(lure_, keep=c.keep) if forget is lure_ else forget
+    if "keep" in inspect.signature(forget).parameters:
+        forget = partial(forget, keep=c.keep)  # what the record says
     stream_rng, start_rng, forget_rng = (torch.Generator().manual_seed(4 * c.seed + i) for i in range(3))
     order_rng = torch.Generator(device).manual_seed(4 * c.seed + 3)
     data = load_dataset(c.dataset, c.data, c.cache, c.image_size, c.limit, c.limit_test, c.shots)
@@ -589,10 +592,8 @@ def finished(config: Config, origin: dict) -> dict | None:
         return None
     try:
         record = json.loads(Path(config.out).read_text())
-        there, here = (
-            record["config"] | record["data"],
-            json.loads(json.dumps(asdict(config) | origin["data"])),
-        )
+        there = record["config"] | record["data"]
+        here = json.loads(json.dumps(asdict(config) | origin["data"]))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{config.out}: expected the record of a run, or no file") from error
     if odd := [k for k in there | here if k not in PATHS and there.get(k) != here.get(k)]:

@@ -268,6 +268,16 @@ def test_the_numbers_in_the_prose_are_in_the_tables():
     assert numbers and all(re.search(rf"(?<![\d.]){re.escape(n)}(?![\d.])", tables) for n in numbers)
 
 
+@pytest.mark.parametrize("size, more_than_a_fifth", [(8, True), (32, False)])
+def test_the_weights_that_no_loss_reaches_are_as_the_readme_says(size, more_than_a_fifth):
+    generator = torch.Generator().manual_seed(0)
+    model = lure.build_model("small", 10, generator=generator)
+    images, labels = torch.rand(64, 3, size, size, generator=generator), torch.arange(64) % 10
+    scores = torch.cat([s.flatten() for s in lure.connection_sensitivity(model, images, labels).values()])
+    unreached = (scores == 0).double().mean()
+    assert unreached > 0.2 if more_than_a_fifth else unreached < 0.001
+
+
 def test_what_the_readme_names_is_there():
     for path in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / path).exists(), path
