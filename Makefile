@@ -3,7 +3,7 @@
 
 MAKEFLAGS += --no-builtin-rules --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint table1-small reproduce-table1 prepare runs clean
+.PHONY: help demo test lint bench precision table1-small reproduce-table1 prepare runs clean
 
 # Variables count on the command line, not in the environment, where the same names may mean something else.
 $(foreach v,OUT DATA IMAGENET DATASETS METHODS VARIANTS SEEDS BASE ARGS,$(if $(findstring environment,$(origin $v)),$(eval $v :=)))
@@ -24,8 +24,8 @@ help:  ## list the targets
 
 demo: $(READY)  ## all methods on scikit-learn's digits: a table and a figure, in two minutes
 	rm -rf demo
-	$(MAKE) runs OUT=demo DATASETS=digits SEEDS="$(or $(SEEDS),1)" \
-	    BASE="--arch small --mega-batches 4 --epochs 10"
+	$(MAKE) $(if $(filter -j%,$(MAKEFLAGS)),,-j$$(getconf _NPROCESSORS_ONLN)) runs OUT=demo DATASETS=digits SEEDS="$(or $(SEEDS),1)" \
+	    BASE="--image-size 16 --arch small --mega-batches 4 --epochs 10"
 
 test: $(READY)  ## the test-suite
 	$(PYTHON) -m pytest -q $(ARGS) tests
@@ -38,12 +38,20 @@ reproduce-table1: $(READY)  ## Table 1 at the paper's protocol; IMAGENET=<folder
 	$(MAKE) runs OUT="$(or $(OUT),results/table1)" SEEDS="$(or $(SEEDS),1 2 3)" \
 	    DATASETS="$(or $(DATASETS),cifar10 cifar100 $(if $(IMAGENET),restricted-imagenet))"
 
+bench: $(READY)  ## the loop beside a plain one: images/s, TFLOP/s, memory, cost of unlearning
+	$(PYTHON) bench.py --out "$(or $(OUT),results/bench)" $(ARGS)
+
 # 2272 images are 8 × (28 for validation + 4 full batches of 64): a last batch of a few spoils BatchNorm's statistics.
 table1-small: $(READY)  ## Table 1 at the scale of two CPU cores; DATA=<folder with train/ and test/>
 	$(if $(DATA),,$(error table1-small: expected DATA=<folder with train/<class>/ and test/<class>/ of images>))
 	$(MAKE) runs OUT="$(or $(OUT),results/table1-small)" SEEDS="$(or $(SEEDS),1 2 3)" \
-	    DATASETS="$(or $(DATASETS),$(notdir $(abspath $(DATA))))" VARIANTS="$(if $(filter command,$(origin VARIANTS)),$(VARIANTS),warm-start-gamma1)" \
+	    DATASETS="$(or $(DATASETS),$(notdir $(abspath $(DATA))))" VARIANTS="$(if $(filter command,$(origin VARIANTS)),$(VARIANTS),warm-start-gamma1 warm-start-float32)" \
 	    BASE="--arch small --limit 2272 --limit-test 2000 --epochs 10"
+
+precision: $(READY)  ## ResNet18 in bfloat16 and in float32, three seeds; DATA=<folder with train/ and test/>
+	$(MAKE) runs OUT="$(or $(OUT),results/precision)" SEEDS="$(or $(SEEDS),1 2 3)" \
+	    DATASETS="$(notdir $(abspath $(or $(DATA),$(error precision: expected DATA=<folder of images>))))" \
+	    METHODS=warm-start VARIANTS=warm-start-float32 BASE="--mega-batches 4 --limit 1136 --limit-test 1000 --epochs 10"
 
 # One mechanism behind all of them: a file per run, $(OUT)/<dataset>/<method>-<seed>.json, then the table. A file that
 # is there is not made again, so an interrupted call goes on where it stopped. A variant is a method with other
@@ -57,6 +65,7 @@ dataset_cifar100 = --dataset cifar100 --data $(or $(DATA),data)
 dataset_restricted-imagenet = --dataset restricted-imagenet --mega-batches 3 --data \
     $(or $(IMAGENET),$(error restricted-imagenet: expected IMAGENET=<folder with train/ and val/>))
 method_warm-start-gamma1 = --method warm-start --gamma 1
+method_warm-start-float32 = --method warm-start --precision float32
 dataset = $(notdir $(patsubst %/,%,$(dir $@)))
 seed = $(lastword $(subst -, ,$(basename $(notdir $@))))
 name = $(patsubst %-$(seed).json,%,$(notdir $@))

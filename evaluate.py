@@ -212,7 +212,8 @@ def load_runs(folder: Path) -> tuple[dict[str, list[dict]], dict[str, dict]]:
             continue
         try:
             record = json.loads(path.read_text()) | {"path": path}
-            options = {"method": "lure", "set": []} | record["config"] | {"data": record["data"]["sha256"]}
+            options = {"method": "lure", "set": []} | record["config"]
+            options |= {"data": record["data"]["sha256"], "precision": record["precision"]}  # what they were
             row, seed = re.fullmatch(r"(.+)-(\d+)", path.stem).groups()
             if int(seed) != options["seed"] or not row.startswith(options["method"]):
                 raise ValueError(f"it is of {options['method']}, seed {options['seed']}")
@@ -258,11 +259,11 @@ def report(folder: Path) -> str:
     everything = [record for records in runs.values() for record in records]
     config, data, dataset = everything[0]["config"], everything[0]["data"], folder.resolve().name
     title = TITLES.get(dataset, dataset)
-    machines = sorted({f"{r['device']}, torch {r['versions']['torch']}" for r in everything})
+    machines = {f"{r['device']}, {r['precision']}, torch {r['versions']['torch']}" for r in everything}
     caption = (
         f"{title}: {config['arch']}, {config['mega_batches']} mega-batches of {config['epochs']} epochs, "
         f"replay {config['replay']}, {data['train']} training and {data['test']} test images; "
-        f"{'; '.join(machines)}. Mean ± sample standard deviation over seeds."
+        f"{'; '.join(sorted(machines))}. Mean ± sample standard deviation over seeds."
     )
     text = f"{caption}\n\n{table(dataset, runs, names)}"
     for name, figure in figures(title, runs, names).items():

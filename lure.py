@@ -7,8 +7,8 @@
 Data arrive in mega-batches. After each, LURE measures by SNIP how much every weight matters for what was just
 learned, keeps the top 80 %, redraws the others, and trains on: Algorithm 1 of the paper is `run`, below.
 
-    python lure.py --dataset digits --arch small --mega-batches 4 --epochs 10    # half a minute on a laptop
-    python lure.py --dataset cifar10 --out lure-1.json                           # the paper's protocol
+    python lure.py --dataset digits --image-size 16 --arch small --mega-batches 4 --epochs 10    # on a laptop
+    python lure.py --dataset cifar10 --out lure-1.json                             # the paper's protocol
 
 The functions from `mega_batches` to `expected_calibration_error` lift out with the imports that they use.
 """
@@ -45,6 +45,7 @@ def option(default, help, choices=(), low=0, high=sys.float_info.max):
 
 DATASETS = ("digits", "cifar10", "cifar100", "folder", "restricted-imagenet")
 ARCHITECTURES = ("resnet18", "resnet50", "wide_resnet50_2", "vgg16_bn", "small")
+PRECISIONS = ("auto", "float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Config:
     dataset: str = option("cifar10", "data set", DATASETS)
     data: str = option("data", "folder that the data set is in, or is downloaded to")
     cache: str = option(".cache", "folder for decoded images")
-    image_size: int = option(32, "side that the images of folders are resized to, at least 1", low=1)
+    image_size: int = option(0, "side to resize images to; 0: that of folders to 32, others not")
     limit: int = option(0, "training images to use, a stratified choice; 0: all")
     limit_test: int = option(0, "test images to use, a stratified choice; 0: all")
     shots: int = option(0, "training images of each class to use, whatever --limit is; 0: all")
@@ -77,6 +78,7 @@ class Config:
     pi_fraction: float = option(0.2, "size of pi as a share of it, in (0, 1]", low=1e-12, high=1)
     seed: int = option(1, "seed of stream, start, order and forgetting, in [0, 2^30)", high=2**30 - 1)
     device: str = option("auto", "cpu, cuda, cuda:1 ...; auto: the GPU if there is one")
+    precision: str = option("auto", "of training; auto: bfloat16 where the device has it", PRECISIONS)
     out: str = option("", "file for the record (JSON)")
     checkpoint: str = option("", "file for the final weights")
 
@@ -249,9 +251,10 @@ class Dataset(NamedTuple):
     classes: list[str]
 
 
-def load_dataset(name, data="data", cache=".cache", image_size=32, limit=0, limit_test=0, shots=0) -> Dataset:
+def load_dataset(name, data="data", cache=".cache", image_size=0, limit=0, limit_test=0, shots=0) -> Dataset:
     """Load one of `DATASETS` from the folder `data`, where torchvision also downloads the CIFARs to.
 
+    Images become squares of side `image_size`; 0: those of folders of side 32, the others stay as they are.
     `limit`, `limit_test`: a stratified sample of so many images; `shots`: of so many training images of each
     class; 0: all. The choice is the same every time. DataError if the data are not as they should be.
     """
@@ -272,13 +275,17 @@ def load_dataset(name, data="data", cache=".cache", image_size=32, limit=0, limi
         labels, test_labels = torch.tensor(train.targets), torch.tensor(test.targets)
         loaded = Dataset(images, labels, test_images, test_labels, train.classes)
     else:
-        loaded = load_folders(name, Path(data), Path(cache), image_size)
+        loaded = load_folders(name, Path(data), Path(cache), image_size or 32)
     images, labels, test_images, test_labels, classes = loaded
     if (fewest := int(labels.bincount(minlength=len(classes)).min())) < shots:
         raise DataError(f"--shots {shots}: a class of {name} has only {fewest} training images")
     train = stratified(labels, shots * len(classes) or limit or len(labels), equal=shots > 0)
     test = stratified(test_labels, limit_test or len(test_labels))
-    return Dataset(images[train], labels[train], test_images[test], test_labels[test], classes)
+    images, test_images = images[train], test_images[test]
+    if image_size and images.shape[2:] != (image_size, image_size):
+        resize = torchvision.transforms.functional.resize
+        images, test_images = (resize(x, [image_size, image_size]) for x in (images, test_images))
+    return Dataset(images, labels[train], test_images, test_labels[test], classes)
 
 
 def stratified(labels: Tensor, size: int, equal: bool = False) -> Tensor:
@@ -421,6 +428,7 @@ def augmented(pixels: Tensor, index: Tensor, padding: int, flip: bool, generator
 def train_epoch_(model, optimizer, pixels, labels, train, config, generator) -> tuple[Tensor, Tensor]:
     """One epoch on the samples `train`, without a synchronisation. Returns running mean loss and accuracy."""
     *_, padding, flip = PREPROCESSING[config.dataset]
+    precision = pick_precision(config.precision, train.device)
     order = train[torch.randperm(len(train), device=train.device, generator=generator)]
     batches = list(order.split(config.batch_size))
     if len(batches) > 1 and len(batches[-1]) == 1:  # batch normalisation needs two
@@ -428,7 +436,7 @@ def train_epoch_(model, optimizer, pixels, labels, train, config, generator) -> 
     total_loss, correct = torch.zeros(2, dtype=torch.float64, device=train.device)
     model.train()
     for index in batches:
-        with torch.autocast(train.device.type, torch.bfloat16, enabled=train.is_cuda):
+        with torch.autocast(train.device.type, precision, enabled=precision is not torch.float32):
             logits = model(augmented(pixels, index, padding, flip, generator))
         loss = F.cross_entropy(logits.float(), labels[index])
         optimizer.zero_grad()
@@ -498,6 +506,7 @@ def run(config: Config, forget=lure_) -> dict:
     order_rng = torch.Generator(device).manual_seed(4 * c.seed + 3)
     data = load_dataset(c.dataset, c.data, c.cache, c.image_size, c.limit, c.limit_test, c.shots)
     origin = provenance(command_line(c), device, data)
+    origin["precision"] = str(pick_precision(c.precision, device)).removeprefix("torch.")
     if (record := finished(c, origin)) is not None:
         return record
     pixels, test_pixels = (x.permute(0, 2, 3, 1).contiguous().to(device) for x in data[:4:2])
@@ -515,14 +524,15 @@ def run(config: Config, forget=lure_) -> dict:
     def sample(index):
         return to_input(pixels[index]), labels[index]
 
+    sgd = partial(torch.optim.SGD, lr=c.lr, momentum=c.momentum, weight_decay=c.weight_decay, fused=True)
     model, optimizer, rows = build(start_rng), None, []
     total = c.epochs * sum(len(batch.train) for batch in stream)
     with tqdm(total=total, unit="img", unit_scale=True, disable=None) as bar:
         for i, batch in enumerate(stream):
-            bar.set_description(f"mega-batch {i + 1} of {len(stream)}")
+            bar.set_description(f"{Path(c.out).stem} mega-batch {i + 1} of {len(stream)}".lstrip())
             val = torch.cat([b.val for b in stream[: i + 1]]) if c.replay == "full" else batch.val
             if optimizer is None or not c.keep_momentum:
-                optimizer = torch.optim.SGD(model.parameters(), c.lr, c.momentum, weight_decay=c.weight_decay)
+                optimizer = sgd(model.parameters())
             row = learn_(model, optimizer, pixels, labels, batch.train, val, c, order_rng, bar)  # or relearn
             row["train"] = evaluate(model, pixels[batch.train], labels[batch.train])
             row["val"] = evaluate(model, pixels[val], labels[val])
@@ -558,6 +568,18 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError):
         pass
     raise ValueError(f"--device {name}: expected cpu, or cuda or cuda:N where there is such a GPU")
+
+
+def pick_precision(name: str, device: torch.device) -> torch.dtype:
+    """The dtype to train in. Without instructions for it, bfloat16 is slower than float32."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        has = torch.cpu.get_capabilities()
+        native = has.get("avx512_bf16") or has.get("amx_bf16")
+    return torch.bfloat16 if native else torch.float32
 
 
 def check_feasible(config: Config, pixels: Tensor, stream: list[MegaBatch]) -> None:
@@ -617,6 +639,7 @@ def provenance(command: list[str], device: torch.device, data: Dataset) -> dict:
     git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty"]
     git = shlex.join([*git, "--abbrev=40", "--exclude=*"])  # by a shell, since there may be no git
     commit = subprocess.run(git, shell=True, capture_output=True, text=True).stdout.strip()
+    processor = torch.cpu.get_capabilities().get("cpu_name") or platform.machine()
     content = hashlib.sha256(b"".join(tensor.contiguous().numpy().tobytes() for tensor in data[:4]))
     return dict(
         command=shlex.join(["python", *command]),
@@ -624,7 +647,7 @@ def provenance(command: list[str], device: torch.device, data: Dataset) -> dict:
         data=dict(train=len(data.labels), test=len(data.test_labels), sha256=content.hexdigest()),
         versions=dict(torch=torch.__version__, torchvision=torchvision.__version__),
         python=platform.python_version(),
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        device=processor if device.type == "cpu" else torch.cuda.get_device_name(device),
         threads=torch.get_num_threads(),
     )
 

@@ -692,7 +692,7 @@ def epoch(n, batch_size, seed, model_seed=0, lr=0.0):
         batches.append(((args[0][:, 0, 4, 4] * 255).round().long(), logits.detach()))
 
     model.register_forward_hook(note)
-    config = lure.Config(dataset="digits", batch_size=batch_size)
+    config = lure.Config(dataset="digits", batch_size=batch_size, precision="float32")
     optimizer = torch.optim.SGD(model.parameters(), lr)
     labels = torch.arange(n + 3) % 3
     return batches, lure.train_epoch_(model, optimizer, pixels, labels, train, config, seeded(seed))
