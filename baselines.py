@@ -152,7 +152,7 @@ def keep_top_(model, scores, keep, generator) -> dict[str, Tensor]:
     return mask
 
 
-def loss_gradient(model, parameters, images, labels, chunk=256) -> list[Tensor]:
+def loss_gradient(model, parameters, images, labels, chunk=64) -> list[Tensor]:
     """∂L/∂θ for each of `parameters`, L the mean cross-entropy over all images, in evaluation mode."""
     parameters = list(parameters)
     total = [torch.zeros_like(p) for p in parameters]

@@ -62,7 +62,7 @@ def pgd_attack(model, images, labels, epsilon, steps=10, step_size=None, generat
 
 
 @torch.inference_mode()
-def predict(model: nn.Module, images: Tensor, chunk: int = 1000) -> Tensor:
+def predict(model: nn.Module, images: Tensor, chunk: int = 128) -> Tensor:
     """Logits (N, classes) of float images (N, C, H, W) in [0, 1], in evaluation mode."""
     with evaluating(model):
         return torch.cat([model(part) for part in images.split(chunk)])
@@ -172,7 +172,7 @@ def metrics(path: Path, args: argparse.Namespace) -> dict:
     result["reliability"] = {k: v.tolist() for k, v in reliability_bins(probabilities, test_y).items()}
     result["pgd"] = {}
     for epsilon in args.epsilons:
-        batches = zip(test_x.split(500), test_y.split(500), strict=True)
+        batches = zip(test_x.split(125), test_y.split(125), strict=True)
         attacked = torch.cat([pgd_attack(model, x, y, epsilon / 255) for x, y in batches])
         result["pgd"][f"{epsilon:g}/255"] = accuracy(model, attacked, test_y)
     generator = torch.Generator().manual_seed(config["seed"])

@@ -272,9 +272,11 @@ def test_report_refuses_what_cannot_be_compared(folder, tmp_path, capsys):
     refused("c", "warm-start-gamma1-2.json", "gamma is 0.5, 1.0 in")
     path = copy(folder, tmp_path, "d") / "warm-start-gamma1-1.json"
     record = json.loads(path.read_text())
-    record["data"]["sha256"] = "0"
-    path.write_text(json.dumps(record))
+    path.write_text(json.dumps(record | {"data": record["data"] | {"sha256": "0"}}))
     refused("d", "data is")
+    path = copy(folder, tmp_path, "h") / "lure-2.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"precision": "float16"}))
+    refused("h", "lure-2.json", "precision is float16")
     (copy(folder, tmp_path, "e") / "lure-3.json").write_text("{")
     refused("e", "lure-3.json: expected the record of a run")
     path = copy(folder, tmp_path, "f") / "lure-1.json"

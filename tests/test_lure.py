@@ -611,6 +611,16 @@ def test_digits_are_whole_stratified_and_disjoint(digits):
     assert found == expected
 
 
+def test_images_of_any_data_set_are_resized(digits):
+    large = lure.load_dataset("digits", image_size=16)
+    assert large.images.shape == (len(digits.images), 1, 16, 16) and large.images.dtype == torch.uint8
+    assert large.test_images.shape[2:] == (16, 16) and torch.equal(large.labels, digits.labels)
+    shrunk = nn.functional.avg_pool2d(large.images.float(), 2)
+    assert (shrunk - digits.images).abs().mean() < 20  # of 255: the same pictures, a little smoother
+    same = lure.load_dataset("digits", image_size=8)
+    assert torch.equal(same.images, digits.images)
+
+
 def test_limits_choose_among_the_images_of_the_split(digits):
     part = lure.load_dataset("digits", limit=100, limit_test=50)
     assert (
@@ -727,6 +737,25 @@ def test_an_epoch_returns_running_mean_loss_and_accuracy(n, batch_size, seed):
     shown, logits = (torch.cat(parts) for parts in zip(*batches, strict=True))
     assert float(loss) == pytest.approx(float(nn.functional.cross_entropy(logits, shown % 3)), rel=1e-4)
     assert float(accuracy) == pytest.approx(float((logits.argmax(1) == shown % 3).double().mean()))
+
+
+@pytest.mark.parametrize("has", [{}, {"avx512_bf16": True}, {"amx_bf16": True}, {"avx512_bf16": False}])
+@pytest.mark.parametrize("precision", ["auto", "float32", "bfloat16"])
+def test_training_is_in_the_precision_asked_for_or_the_processors_own(precision, has, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    expected = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    expected["auto"] = torch.bfloat16 if any(has.values()) else torch.float32
+    assert lure.pick_precision(precision, torch.device("cpu")) is expected[precision]
+    model, seen = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), []
+    model.register_forward_hook(
+        lambda module, args, logits: seen.append((logits.dtype, torch.is_grad_enabled()))
+    )
+    pixels, labels = torch.zeros(4, 8, 8, 1, dtype=torch.uint8), torch.arange(4) % 3
+    optimizer, config = torch.optim.SGD(model.parameters(), 0.1), lure.Config("digits", precision=precision)
+    lure.train_epoch_(model, optimizer, pixels, labels, torch.arange(4), config, seeded(0))
+    lure.evaluate(model, pixels, labels)
+    assert seen == [(expected[precision], True), (torch.float32, False)]  # evaluation: always float32
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
 # ------------------------------------------------------------ Algorithm 1
