@@ -22,7 +22,7 @@ endif
 help:  ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*  ## /\1	/p' Makefile | awk -F '\t' '{ printf "make %-16s  %s\n", $$1, $$2 }'
 
-demo: $(READY)  ## all methods on scikit-learn's digits: a table and a figure, in two minutes
+demo: $(READY)  ## all methods on scikit-learn's digits: a table and a figure, in a minute
 	rm -rf demo
 	$(MAKE) $(if $(filter -j%,$(MAKEFLAGS)),,-j$$(getconf _NPROCESSORS_ONLN)) runs OUT=demo DATASETS=digits SEEDS="$(or $(SEEDS),1)" \
 	    BASE="--image-size 16 --arch small --mega-batches 4 --epochs 10"
@@ -51,14 +51,16 @@ table1-small: $(READY)  ## Table 1 at the scale of two CPU cores; DATA=<folder w
 precision: $(READY)  ## ResNet18 in bfloat16 and in float32, three seeds; DATA=<folder with train/ and test/>
 	$(MAKE) runs OUT="$(or $(OUT),results/precision)" SEEDS="$(or $(SEEDS),1 2 3)" \
 	    DATASETS="$(notdir $(abspath $(or $(DATA),$(error precision: expected DATA=<folder of images>))))" \
-	    METHODS=warm-start VARIANTS=warm-start-float32 BASE="--mega-batches 4 --limit 1136 --limit-test 1000 --epochs 10"
+	    METHODS=warm-start VARIANTS=warm-start-float32 \
+	    BASE="--precision bfloat16 --mega-batches 4 --limit 1136 --limit-test 1000 --epochs 10"
 
-# One mechanism behind all of them: a file per run, $(OUT)/<dataset>/<method>-<seed>.json, then the table. A file that
-# is there is not made again, so an interrupted call goes on where it stopped. A variant is a method with other
-# settings, <method>-<variant>-<seed>.json. A data set that lure.py does not know by name is the image folder $(DATA).
+# One mechanism behind all of them: a file per run, $(OUT)/<dataset>/<method>-<seed>.json, then the table; the first seed
+# of all methods comes first. A file that is there is not made again, so an interrupted call goes on where it stopped.
+# A variant is a method with other settings, <method>-<variant>-<seed>.json. A data set that lure.py does not know by
+# name is the image folder $(DATA).
 METHODS := $(filter-out fisher magnitude random,$(shell sed -n '/^METHODS = {/,/^}/s/^    "\([a-z-]*\)".*/\1/p' baselines.py))
 VARIANTS :=
-RUNS = $(foreach d,$(DATASETS),$(foreach m,$(METHODS) $(VARIANTS),$(foreach s,$(SEEDS),$(OUT)/$d/$m-$s.json)))
+RUNS = $(foreach s,$(SEEDS),$(foreach d,$(DATASETS),$(foreach m,$(METHODS) $(VARIANTS),$(OUT)/$d/$m-$s.json)))
 dataset_digits = --dataset digits
 dataset_cifar10 = --dataset cifar10 --data $(or $(DATA),data)
 dataset_cifar100 = --dataset cifar100 --data $(or $(DATA),data)
@@ -83,8 +85,8 @@ runs: $(RUNS)
 
 $(RUNS): | $(READY) $(if $(filter-out $(wildcard $(RUNS)),$(RUNS)),prepare)
 	OMP_NUM_THREADS=$$(n=$$(( $$(getconf _NPROCESSORS_ONLN) / $(jobs) )); echo $$(( n > 0 ? n : 1 ))) \
-	    $(PYTHON) baselines.py $(or $(method_$(name)),--method $(name)) --seed $(seed) \
-	    $(or $(dataset_$(dataset)),--dataset folder --data $(DATA)) $(BASE) $(ARGS) \
+	    $(PYTHON) baselines.py $(or $(dataset_$(dataset)),--dataset folder --data $(DATA)) $(BASE) \
+	    $(or $(method_$(name)),--method $(name)) --seed $(seed) $(ARGS) \
 	    --out $@ --checkpoint $(basename $@).pt
 
 clean:  ## remove what the demo made, caches and the environment

@@ -78,7 +78,9 @@ class Config:
     pi_fraction: float = option(0.2, "size of pi as a share of it, in (0, 1]", low=1e-12, high=1)
     seed: int = option(1, "seed of stream, start, order and forgetting, in [0, 2^30)", high=2**30 - 1)
     device: str = option("auto", "cpu, cuda, cuda:1 ...; auto: the GPU if there is one")
-    precision: str = option("auto", "of training; auto: bfloat16 where the device has it", PRECISIONS)
+    precision: str = option(
+        "auto", "of training; auto: bfloat16 where a GPU or an x86 processor has it", PRECISIONS
+    )
     out: str = option("", "file for the record (JSON)")
     checkpoint: str = option("", "file for the final weights")
 
@@ -576,7 +578,8 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        with torch.cuda.device(device):
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         has = torch.cpu.get_capabilities()
         native = has.get("avx512_bf16") or has.get("amx_bf16")

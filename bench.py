@@ -1,0 +1,311 @@
+"""How fast the loop of lure.py is beside a plain one, on whatever device is there: `make bench`.
+
+The plain loop is written as most people write it: a torchvision data set, random crop and flip by PIL,
+ToTensor, a DataLoader with workers, float32, channels first, SGD, `.item()` for the running loss. Both train
+the same network on the same images with the same batch size, in turn (A B A B) and after a warm-up.
+
+    python bench.py --out results/bench
+"""
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import re
+import resource
+import statistics
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision import transforms
+from torchvision.datasets import VisionDataset
+
+import lure
+
+
+# ------------------------------------------------------------ The plain loop
+class Pictures(VisionDataset):
+    """Images in memory, as in torchvision's CIFAR10: arrays, each made a PIL image when it is read."""
+
+    def __init__(self, data: lure.Dataset, padding: int, flip: bool):
+        crop = transforms.RandomCrop(data.images.shape[-1], padding)
+        mirror = [transforms.RandomHorizontalFlip()] if flip else []
+        super().__init__("", transform=transforms.Compose([crop, *mirror, transforms.ToTensor()]))
+        self.data, self.targets = data.images.permute(0, 2, 3, 1).squeeze(-1).numpy(), data.labels.tolist()
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, index):
+        return self.transform(Image.fromarray(self.data[index])), self.targets[index]
+
+
+def plain_epoch(model, optimizer, loader, device) -> float:
+    running_loss = 0.0
+    model.train()
+    for images, labels in loader:
+        images, labels = images.to(device), labels.to(device)
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        running_loss += loss.item()
+    return running_loss / len(loader)
+
+
+# ------------------------------------------------------------ What is measured, each to be called
+def random_data(config: lure.Config, size: int) -> lure.Dataset:
+    channels, generator = len(lure.PREPROCESSING[config.dataset][0]), torch.Generator().manual_seed(0)
+    shape = (size, channels, config.image_size, config.image_size)
+    images = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
+    labels = torch.randint(10, (size,), generator=generator)
+    return lure.Dataset(images, labels, images[:0], labels[:0], list("0123456789"))
+
+
+def build(config: lure.Config, device: torch.device, memory_format=torch.channels_last) -> nn.Module:
+    mean, std, *_ = lure.PREPROCESSING[config.dataset]
+    model = lure.build_model(config.arch, 10, len(mean), mean, std, torch.Generator().manual_seed(0))
+    return model.to(device, memory_format=memory_format)
+
+
+def sgd(model: nn.Module, config: lure.Config, **options) -> torch.optim.Optimizer:
+    rates = dict(lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+    return torch.optim.SGD(model.parameters(), **rates, **options)
+
+
+def plain(config: lure.Config, size: int, device: torch.device, workers: int):
+    """An epoch of the plain loop."""
+    *_, padding, flip = lure.PREPROCESSING[config.dataset]
+    pictures, pin = Pictures(random_data(config, size), padding, flip), device.type == "cuda"
+    options = dict(shuffle=True, num_workers=workers, persistent_workers=workers > 0, pin_memory=pin)
+    loader = DataLoader(pictures, config.batch_size, **options)
+    model = build(config, device, torch.contiguous_format)
+    return partial(plain_epoch, model, sgd(model, config), loader, device)
+
+
+def ours(config: lure.Config, size: int, device: torch.device):
+    """An epoch of the loop of lure.py, with the layout and the optimizer of `lure.run`."""
+    data, model = random_data(config, size), build(config, device)
+    pixels, labels = data.images.permute(0, 2, 3, 1).contiguous().to(device), data.labels.to(device)
+    train, generator = torch.arange(size, device=device), torch.Generator(device).manual_seed(0)
+    optimizer = sgd(model, config, fused=True)
+    return partial(lure.train_epoch_, model, optimizer, pixels, labels, train, config, generator)
+
+
+def sensitivity(config: lure.Config, size: int, device: torch.device):
+    """The connection sensitivity by `size` images."""
+    data = random_data(config, size)
+    images = lure.to_input(data.images.permute(0, 2, 3, 1).to(device))
+    return partial(lure.connection_sensitivity, build(config, device), images, data.labels.to(device))
+
+
+def redrawing(config: lure.Config, device: torch.device):
+    """Mask and reinitialisation, of random scores."""
+    model = build(config, device)
+    scores = {name: torch.rand_like(p) for name, p in model.named_parameters() if p.ndim >= 2}
+    return lambda: lure.reinitialize_(model, lure.top_k_mask(scores, config.keep), torch.Generator())
+
+
+# ------------------------------------------------------------ Measuring
+def seconds(call, device: torch.device) -> float:
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def median_seconds(call, device: torch.device, repeats: int = 3) -> float:
+    """After one call that does not count."""
+    return statistics.median([seconds(call, device) for _ in range(1 + repeats)][1:])
+
+
+def peak_memory(make, device: torch.device) -> float:
+    """MiB that calling what `make` returns takes beyond weights and data, on the GPU or in this process.
+
+    A process's peak never falls, so on the CPU a new one is measured, and not one that was spawned: Linux
+    hands the peak on through exec.
+    """
+    if device.type == "cpu":
+        with ProcessPoolExecutor(1, multiprocessing.get_context("forkserver")) as process:
+            return process.submit(peak_of_this_process, make).result()
+    call = make()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+
+
+def peak_of_this_process(make) -> float:
+    call, unit = make(), 1 if sys.platform == "darwin" else 1024
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    call()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit / 2**20
+
+
+def matmul_tflops(precisions: set[str], device: torch.device) -> dict[str, float]:
+    """TFLOP/s of the fastest product of two square matrices, for each precision."""
+    rates: dict[str, float] = {}
+    for precision in sorted(precisions):
+        for n in (1024, 2048) if device.type == "cpu" else (4096, 8192, 16384):
+            a, b = torch.rand(2, n, n, device=device).to(getattr(torch, precision))
+            rate = 2 * n**3 / median_seconds(partial(torch.matmul, a, b), device, 5) / 1e12
+            rates[precision] = max(rates.get(precision, 0), rate)
+    return rates
+
+
+def compare(config: lure.Config, size: int, rounds: int, workers: int, device: torch.device) -> dict:
+    """Both loops in turn, `rounds` times, over the same `size` images."""
+    makes = dict(ours=partial(ours, device=device), plain=partial(plain, device=device, workers=workers))
+    loops, times = {name: make(config, size) for name, make in makes.items()}, {name: [] for name in makes}
+    for _ in range(1 + rounds):
+        for name, loop in loops.items():
+            times[name].append(seconds(loop, device))
+    times = {name: elapsed[1:] for name, elapsed in times.items()}  # the first round is the warm-up
+    with FlopCounterMode(display=False) as counter:
+        images = lure.to_input(random_data(config, 2).images.permute(0, 2, 3, 1)).to(device)
+        build(config, device)(images).sum().backward()
+    flops, steps = counter.get_total_flops() / 2, math.ceil(size / config.batch_size)
+    ratios = [b / a for a, b in zip(times["ours"], times["plain"], strict=True)]
+    ratio = statistics.median(times["plain"]) / statistics.median(times["ours"])
+    result: dict = dict(arch=config.arch, image_size=config.image_size, batch_size=config.batch_size)
+    result |= dict(images=size, workers=workers, gflop_per_image=flops / 1e9)
+    result["precision"] = precision_name(config, device)
+    result |= dict(ratio=ratio, ratio_low=min(ratios), ratio_high=max(ratios))
+    for name, make in makes.items():
+        elapsed = statistics.median(times[name])
+        result[name] = dict(images_per_second=size / elapsed, ms_per_step=1000 * elapsed / steps)
+        memory = peak_memory(partial(make, config, 4 * config.batch_size), device)
+        result[name] |= dict(tflops=size * flops / elapsed / 1e12, peak_mib=memory, seconds=times[name])
+    return result
+
+
+def precision_name(config: lure.Config, device: torch.device) -> str:
+    return str(lure.pick_precision(config.precision, device)).removeprefix("torch.")
+
+
+def batch_size(config: lure.Config, size: int, device: torch.device) -> dict:
+    size = math.ceil(size / config.batch_size) * config.batch_size
+    elapsed = median_seconds(ours(config, size, device), device)
+    return dict(batch_size=config.batch_size, images_per_second=size / elapsed)
+
+
+def unlearning(config: lure.Config, size: int, device: torch.device) -> dict:
+    """Time and memory of unlearning by `size` images."""
+    result = dict(arch=config.arch, images=size)
+    result["weights"] = sum(p.numel() for p in build(config, device).parameters() if p.ndim >= 2)
+    parts = dict(sensitivity=partial(sensitivity, config, size), redrawing=partial(redrawing, config))
+    for name, make in parts.items():
+        result[f"{name}_seconds"] = median_seconds(make(device=device), device)
+        result[f"{name}_mib"] = peak_memory(partial(make, device=device), device)
+    return result
+
+
+def benchmark(args: argparse.Namespace) -> dict:
+    device = lure.pick_device(args.device)
+    size = args.images or (512 if device.type == "cpu" else 16384)
+    common = dict(device=args.device, precision=args.precision, batch_size=args.batch_size, lr=0.01)
+    large = lure.Config(**common, image_size=args.image_size)
+    demo = lure.Config(**common, dataset="digits", arch="small", image_size=max(1, args.image_size // 2))
+    result = lure.provenance(["bench.py", *args.argv], device, random_data(large, size))
+    sizes = [replace(large, batch_size=n) for n in args.batch_sizes]
+    networks = [replace(large, arch=arch) for arch in args.networks]
+    result["matmul_tflops"] = matmul_tflops({"float32", precision_name(large, device)}, device)
+    loops = (large, size), (demo, 4 * size)
+    result["loops"] = [compare(c, n, args.rounds, args.workers, device) for c, n in loops]
+    result["unlearning"] = unlearning(large, args.pi, device)
+    result["networks"] = [unlearning(c, 64, device) for c in networks]
+    result["batch_sizes"] = [batch_size(c, size, device) for c in sizes]
+    return result
+
+
+# ------------------------------------------------------------ Report, command line
+def markdown(result: dict) -> str:
+    products, step, first = result["matmul_tflops"], result["unlearning"], result["loops"][0]
+    fastest = " and ".join(f"{rate:.2f} TFLOP/s in {dtype}" for dtype, rate in products.items())
+    lines = ["Network|Loop|Images/s|Step, ms|TFLOP/s|Share of the product|Memory, MiB|Images/s ÷ plain's"]
+    for case in result["loops"]:
+        ratio = f"{case['ratio']:.2f} ({case['ratio_low']:.2f} to {case['ratio_high']:.2f})"
+        ways = (("ours", case["precision"], ratio), ("plain", f"float32, {case['workers']} workers", "1"))
+        for name, how, times in ways:
+            loop, network = case[name], f"{case['arch']}, {case['image_size']}×{case['image_size']}"
+            rate = f"{loop['images_per_second']:,.0f}|{loop['ms_per_step']:.1f}|{loop['tflops']:.3f}"
+            share = 100 * loop["tflops"] / max(products.values())
+            lines.append(f"{network}|{name}, {how}|{rate}|{share:.0f} %|{loop['peak_mib']:,.0f}|{times}")
+    total = step["sensitivity_seconds"] + step["redrawing_seconds"]
+    text = (
+        f"{result['device']}, {result['threads']} threads, torch {result['versions']['torch']}; the fastest "
+        f"product of two matrices: {fastest}. Batch size {first['batch_size']}; memory beyond weights and data, "
+        f"without that of the workers.\n\n{table(lines)}\n"
+        f"Unlearning once, {step['arch']} by {step['images']} images: {total:.2f} s, as long as "
+        f"{1000 * total / first['ours']['ms_per_step']:.1f} steps; mask and redrawing are "
+        f"{step['redrawing_seconds']:.2f} s of it.\n\n"
+    )
+    lines = [f"{row['batch_size']}|{row['images_per_second']:,.0f}" for row in result["batch_sizes"]]
+    text += table([f"{first['arch']}, batch size|Images/s", *lines]) + "\n"
+    lines = ["Unlearning by 64 images|Weights|Sensitivity, s|Memory, MiB|Mask and redrawing, s"]
+    lines[0] += "|per million weights, ms|Memory, MiB|per weight, bytes"
+    for row in result["networks"]:
+        weights, elapsed, memory = (row[k] for k in ("weights", "redrawing_seconds", "redrawing_mib"))
+        scoring = f"{row['sensitivity_seconds']:.2f}|{row['sensitivity_mib']:,.0f}"
+        redrawing = f"{elapsed:.3f}|{1e9 * elapsed / weights:.1f}"
+        held = f"{memory:,.0f}|{memory * 2**20 / weights:.1f}"
+        lines.append(f"{row['arch']}|{weights:,}|{scoring}|{redrawing}|{held}")
+    return text + table(lines)
+
+
+def table(lines: list[str]) -> str:
+    lines = [lines[0], "|".join([":---"] + ["---:"] * lines[0].count("|")), *lines[1:]]
+    return "".join(f"| {line.replace('|', ' | ')} |\n" for line in lines)
+
+
+def main(argv=None) -> int:
+    """The command line; its status is that of `lure.main`."""
+    parser = lure.Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    count, some = dict(type=positive, metavar="N"), dict(type=positive, metavar="N", nargs="+")
+    archs, powers = ["small", "resnet18", "resnet50", "wide_resnet50_2"], [32, 64, 128, 256, 512, 1024]
+    add = parser.add_argument
+    add("--device", default="auto", help="cpu, cuda, cuda:1 ...; auto: the GPU if there is one")
+    add("--precision", default="auto", choices=lure.PRECISIONS, help="of the loop of lure.py")
+    add("--rounds", default=7, **count, help="how often each loop is timed; default: 7")
+    add("--images", **count, help="images of a round; default: 512, on a GPU 16384")
+    add("--image-size", default=32, **count, help="their side; default: 32")
+    add("--batch-size", default=64, **count, help="samples per step; default: 64")
+    add("--workers", default=min(4, os.cpu_count() or 1), **count, help="of the plain loop's DataLoader")
+    add("--pi", default=1125, **count, help="images to unlearn by; default: the protocol's 1125")
+    add("--batch-sizes", default=powers, **some, help="of the second table; 1024 takes GIGA GiB")
+    add("--networks", default=archs, choices=lure.ARCHITECTURES, nargs="+", help="of the third table")
+    add("--out", type=Path, metavar="FOLDER", help="where to write DEVICE-N-threads.json")
+    args = parser.parse_args(argv)
+    args.argv = sys.argv[1:] if argv is None else argv
+    return lure.guarded(parser.prog, partial(measure, args))
+
+
+def positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
+
+
+def measure(args: argparse.Namespace) -> None:
+    result = benchmark(args)
+    print(markdown(result))
+    if args.out:
+        name = f"{result['device']} {result['threads']} threads".lower()
+        path = args.out / (re.sub("[^a-z0-9]+", "-", name) + ".json")
+        lure.write(path, lambda file: file.write_text(json.dumps(result, indent=1) + "\n"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
