@@ -246,8 +246,8 @@ def markdown(result: dict) -> str:
     total = step["sensitivity_seconds"] + step["redrawing_seconds"]
     text = (
         f"{result['device']}, {result['threads']} threads, torch {result['versions']['torch']}; the fastest "
-        f"product of two matrices: {fastest}. Batch size {first['batch_size']}; memory beyond weights and data, "
-        f"without that of the workers.\n\n{table(lines)}\n"
+        f"product of two matrices: {fastest}. Batch size {first['batch_size']}; memory beyond weights and "
+        f"data, without that of the workers.\n\n{table(lines)}\n"
         f"Unlearning once, {step['arch']} by {step['images']} images: {total:.2f} s, as long as "
         f"{1000 * total / first['ours']['ms_per_step']:.1f} steps; mask and redrawing are "
         f"{step['redrawing_seconds']:.2f} s of it.\n\n"
