@@ -284,9 +284,9 @@ def main(argv=None) -> int:
     add("--batch-size", default=64, **count, help="samples per step; default: 64")
     add("--workers", default=min(4, os.cpu_count() or 1), **count, help="of the plain loop's DataLoader")
     add("--pi", default=1125, **count, help="images to unlearn by; default: the protocol's 1125")
-    add("--batch-sizes", default=powers, **some, help="of the second table; 1024 takes GIGA GiB")
+    add("--batch-sizes", default=powers, **some, help="of the second table")
     add("--networks", default=archs, choices=lure.ARCHITECTURES, nargs="+", help="of the third table")
-    add("--out", type=Path, metavar="FOLDER", help="where to write DEVICE-N-threads.json")
+    add("--out", type=Path, metavar="FOLDER", help="where to write DEVICE.json and DEVICE.md")
     args = parser.parse_args(argv)
     args.argv = sys.argv[1:] if argv is None else argv
     return lure.guarded(parser.prog, partial(measure, args))
@@ -300,11 +300,12 @@ def positive(text: str) -> int:
 
 def measure(args: argparse.Namespace) -> None:
     result = benchmark(args)
-    print(markdown(result))
+    text = markdown(result)
+    print(text)
     if args.out:
-        name = f"{result['device']} {result['threads']} threads".lower()
-        path = args.out / (re.sub("[^a-z0-9]+", "-", name) + ".json")
-        lure.write(path, lambda file: file.write_text(json.dumps(result, indent=1) + "\n"))
+        path = args.out / re.sub("[^a-z0-9]+", "-", f"{result['device']} {result['threads']} threads".lower())
+        for suffix, content in ((".json", json.dumps(result, indent=1) + "\n"), (".md", text)):
+            lure.write(path.with_suffix(suffix), lambda file, content=content: file.write_text(content))
 
 
 if __name__ == "__main__":

@@ -270,10 +270,12 @@ def test_the_tables_of_the_readme_are_what_the_results_say(tmp_path):
 
 
 def test_the_benchmarks_of_the_readme_are_what_the_results_say():
-    results = re.findall(r"\((results/bench/[^)]+)\)", README)
+    results = re.findall(r"\((results/bench/[^)]+)\.md\)", README)
     assert results
     for result in results:
-        assert bench.markdown(json.loads((ROOT / result).read_text())) in README
+        text = bench.markdown(json.loads((ROOT / f"{result}.json").read_text()))
+        assert text == (ROOT / f"{result}.md").read_text()
+        assert text.split("\n\n")[1] in README
 
 
 def test_the_numbers_in_the_prose_are_in_the_tables():
@@ -291,7 +293,7 @@ def test_the_kernel_taps_that_meet_data_are_as_the_readme_says(size, taps):
     scores = lure.connection_sensitivity(model, images, labels)
     assert int((scores["layer4.1.conv2.weight"].sum(dim=(0, 1)) > 0).sum()) == taps
     zeros = torch.cat([s.flatten() == 0 for s in scores.values()]).double().mean()
-    assert (zeros > 0.2) == (size == 8)
+    assert size > 8 or zeros > 0.2
 
 
 def test_what_the_readme_names_is_there():
