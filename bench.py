@@ -181,7 +181,7 @@ def compare(config: lure.Config, size: int, rounds: int, workers: int, device: t
     ratio = statistics.median(times["plain"]) / statistics.median(times["ours"])
     result: dict = dict(arch=config.arch, image_size=config.image_size, batch_size=config.batch_size)
     result |= dict(images=size, workers=workers, gflop_per_image=flops / 1e9)
-    result["precision"] = precision_name(config, device)
+    result["precision"] = lure.pick_precision(config.precision, device)
     result |= dict(ratio=ratio, ratio_low=min(ratios), ratio_high=max(ratios))
     for name, make in makes.items():
         elapsed = statistics.median(times[name])
@@ -189,10 +189,6 @@ def compare(config: lure.Config, size: int, rounds: int, workers: int, device: t
         memory = peak_memory(partial(make, config, 4 * config.batch_size), device)
         result[name] |= dict(tflops=size * flops / elapsed / 1e12, peak_mib=memory, seconds=times[name])
     return result
-
-
-def precision_name(config: lure.Config, device: torch.device) -> str:
-    return str(lure.pick_precision(config.precision, device)).removeprefix("torch.")
 
 
 def batch_size(config: lure.Config, size: int, device: torch.device) -> dict:
@@ -221,7 +217,8 @@ def benchmark(args: argparse.Namespace) -> dict:
     result = lure.provenance(["bench.py", *args.argv], device, random_data(large, size))
     sizes = [replace(large, batch_size=n) for n in args.batch_sizes]
     networks = [replace(large, arch=arch) for arch in args.networks]
-    result["matmul_tflops"] = matmul_tflops({"float32", precision_name(large, device)}, device)
+    precisions = {"float32", lure.pick_precision(args.precision, device)}
+    result["matmul_tflops"] = matmul_tflops(precisions, device)
     loops = (large, size), (demo, 4 * size)
     result["loops"] = [compare(c, n, args.rounds, args.workers, device) for c, n in loops]
     result["unlearning"] = unlearning(large, args.pi, device)

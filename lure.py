@@ -78,9 +78,7 @@ class Config:
     pi_fraction: float = option(0.2, "size of pi as a share of it, in (0, 1]", low=1e-12, high=1)
     seed: int = option(1, "seed of stream, start, order and forgetting, in [0, 2^30)", high=2**30 - 1)
     device: str = option("auto", "cpu, cuda, cuda:1 ...; auto: the GPU if there is one")
-    precision: str = option(
-        "auto", "of training; auto: bfloat16 where a GPU or an x86 processor has it", PRECISIONS
-    )
+    precision: str = option("auto", "of training; auto: bfloat16 if the GPU or x86 CPU has it", PRECISIONS)
     out: str = option("", "file for the record (JSON)")
     checkpoint: str = option("", "file for the final weights")
 
@@ -430,7 +428,7 @@ def augmented(pixels: Tensor, index: Tensor, padding: int, flip: bool, generator
 def train_epoch_(model, optimizer, pixels, labels, train, config, generator) -> tuple[Tensor, Tensor]:
     """One epoch on the samples `train`, without a synchronisation. Returns running mean loss and accuracy."""
     *_, padding, flip = PREPROCESSING[config.dataset]
-    precision = pick_precision(config.precision, train.device)
+    low = pick_precision(config.precision, train.device) == "bfloat16"
     order = train[torch.randperm(len(train), device=train.device, generator=generator)]
     batches = list(order.split(config.batch_size))
     if len(batches) > 1 and len(batches[-1]) == 1:  # batch normalisation needs two
@@ -438,7 +436,7 @@ def train_epoch_(model, optimizer, pixels, labels, train, config, generator) -> 
     total_loss, correct = torch.zeros(2, dtype=torch.float64, device=train.device)
     model.train()
     for index in batches:
-        with torch.autocast(train.device.type, precision, enabled=precision is not torch.float32):
+        with torch.autocast(train.device.type, torch.bfloat16, enabled=low):
             logits = model(augmented(pixels, index, padding, flip, generator))
         loss = F.cross_entropy(logits.float(), labels[index])
         optimizer.zero_grad()
@@ -509,7 +507,7 @@ def run(config: Config, forget=lure_) -> dict:
     order_rng = torch.Generator(device).manual_seed(4 * c.seed + 3)
     data = load_dataset(c.dataset, c.data, c.cache, c.image_size, c.limit, c.limit_test, c.shots)
     origin = provenance(command_line(c), device, data)
-    origin["precision"] = str(pick_precision(c.precision, device)).removeprefix("torch.")
+    origin["precision"] = pick_precision(c.precision, device)
     if (record := finished(c, origin)) is not None:
         return record
     pixels, test_pixels = (x.permute(0, 2, 3, 1).contiguous().to(device) for x in data[:4:2])
@@ -573,17 +571,17 @@ def pick_device(name: str) -> torch.device:
     raise ValueError(f"--device {name}: expected cpu, or cuda or cuda:N where there is such a GPU")
 
 
-def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """The dtype to train in. Without instructions for it, bfloat16 is slower than float32."""
+def pick_precision(name: str, device: torch.device) -> str:
+    """What to train in, "float32" or "bfloat16": without instructions for it, the latter is the slower."""
     if name != "auto":
-        return getattr(torch, name)
+        return name
     if device.type == "cuda":
         with torch.cuda.device(device):
             native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         has = torch.cpu.get_capabilities()
         native = has.get("avx512_bf16") or has.get("amx_bf16")
-    return torch.bfloat16 if native else torch.float32
+    return "bfloat16" if native else "float32"
 
 
 def check_feasible(config: Config, pixels: Tensor, stream: list[MegaBatch]) -> None:

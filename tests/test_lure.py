@@ -743,9 +743,8 @@ def test_an_epoch_returns_running_mean_loss_and_accuracy(n, batch_size, seed):
 @pytest.mark.parametrize("precision", ["auto", "float32", "bfloat16"])
 def test_training_is_in_the_precision_asked_for_or_the_processors_own(precision, has, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
-    expected = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    expected["auto"] = torch.bfloat16 if any(has.values()) else torch.float32
-    assert lure.pick_precision(precision, torch.device("cpu")) is expected[precision]
+    expected = precision if precision != "auto" else "bfloat16" if any(has.values()) else "float32"
+    assert lure.pick_precision(precision, torch.device("cpu")) == expected
     model, seen = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), []
     model.register_forward_hook(
         lambda module, args, logits: seen.append((logits.dtype, torch.is_grad_enabled()))
@@ -754,7 +753,7 @@ def test_training_is_in_the_precision_asked_for_or_the_processors_own(precision,
     optimizer, config = torch.optim.SGD(model.parameters(), 0.1), lure.Config("digits", precision=precision)
     lure.train_epoch_(model, optimizer, pixels, labels, torch.arange(4), config, seeded(0))
     lure.evaluate(model, pixels, labels)
-    assert seen == [(expected[precision], True), (torch.float32, False)]  # evaluation: always float32
+    assert seen == [(getattr(torch, expected), True), (torch.float32, False)]  # evaluation: always float32
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
