@@ -325,7 +325,7 @@ def load_folders(name: str, root: Path, cache: Path, image_size: int) -> Dataset
     digest = hashlib.sha256(json.dumps([image_size, content]).encode()).hexdigest()
     stored = cache / f"{root.resolve().name}-{image_size}-{digest[:16]}.pt"
     if not stored.exists():
-        with ThreadPoolExecutor() as pool:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # more would hinder each other
             decoded = pool.map(partial(decode_image, size=image_size), paths)
             decoded = torch.stack(list(tqdm(decoded, f"decode {root}", len(paths), disable=None)))
         write(stored, partial(torch.save, decoded))

@@ -17,13 +17,13 @@ SMALL = lure.Config(dataset="cifar10", arch="small", image_size=8, batch_size=16
 
 def test_the_benchmark_end_to_end(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench, "peak_memory", lambda make, device: 1.0)  # it starts processes; see below
-    argv = ["--device", "cpu", "--images", "40", "--image-size", "8", "--batch-size", "16", "--rounds", "3"]
-    argv += ["--workers", "1", "--pi", "20", "--batch-sizes", "16", "32", "--networks", "small"]
+    argv = ["--device", "cpu", "--images", "40", "--image-size", "8", "--batch-size", "16", "--rounds", "2"]
+    argv += ["--workers", "1", "--pi", "20", "--batch-sizes", "32", "--networks", "small"]
     assert bench.main([*argv, "--out", str(tmp_path)]) == 0
     path, shown = sorted(tmp_path.iterdir())
     result = json.loads(path.read_text())
     assert result["command"].startswith("python bench.py --device cpu --images 40")
-    assert [row["batch_size"] for row in result["batch_sizes"]] == [16, 32]
+    assert [row["batch_size"] for row in result["batch_sizes"]] == [32]
     resnet18, small = result["loops"]
     assert (resnet18["arch"], small["arch"]) == ("resnet18", "small")
     # 33.8 PFLOP for 10.1 million passes at 32×32, and a sixteenth of that per pass at 8×8
@@ -31,7 +31,7 @@ def test_the_benchmark_end_to_end(tmp_path, capsys, monkeypatch):
     for case in result["loops"]:
         pairs = zip(case["plain"]["seconds"], case["ours"]["seconds"], strict=True)
         ratios = [plain / ours for plain, ours in pairs]
-        assert len(ratios) == 3 and [case["ratio_low"], case["ratio_high"]] == [min(ratios), max(ratios)]
+        assert len(ratios) == 2 and [case["ratio_low"], case["ratio_high"]] == [min(ratios), max(ratios)]
         rates = (case[name]["images_per_second"] for name in ("ours", "plain"))
         assert case["ratio"] == pytest.approx(next(rates) / next(rates))
         for name in ("ours", "plain"):
