@@ -22,7 +22,7 @@ endif
 help:  ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*  ## /\1	/p' Makefile | awk -F '\t' '{ printf "make %-16s  %s\n", $$1, $$2 }'
 
-demo: $(READY)  ## all methods on scikit-learn's digits: a table and a figure, in a minute
+demo: $(READY)  ## all methods on scikit-learn's digits: a table and a figure, in a minute and a half
 	rm -rf demo
 	$(MAKE) $(if $(filter -j%,$(MAKEFLAGS)),,-j$$(getconf _NPROCESSORS_ONLN)) runs OUT=demo DATASETS=digits SEEDS="$(or $(SEEDS),1)" \
 	    BASE="--image-size 16 --arch small --mega-batches 4 --epochs 10"
