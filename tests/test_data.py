@@ -200,7 +200,7 @@ def test_the_real_images_train_and_are_measured(real, tmp_path):
         "--mega-batches",
         "2",
         "--epochs",
-        "2",
+        "3",
     ]
     assert (
         lure.main([*options, "--out", f"{tmp_path}/lure-1.json", "--checkpoint", f"{tmp_path}/lure-1.pt"])
