@@ -38,19 +38,22 @@ reproduce-table1: $(READY)  ## Table 1 at the paper's protocol; IMAGENET=<folder
 	$(MAKE) runs OUT="$(or $(OUT),results/table1)" SEEDS="$(or $(SEEDS),1 2 3)" \
 	    DATASETS="$(or $(DATASETS),cifar10 cifar100 $(if $(IMAGENET),restricted-imagenet))"
 
+needs_data = $(if $(DATA),,$(error $@: expected DATA=<folder with train/<class>/ and test/<class>/ of images>))
+
 bench: $(READY)  ## the loop beside a plain one: images/s, TFLOP/s, memory, cost of unlearning
 	$(PYTHON) bench.py --out "$(or $(OUT),results/bench)" $(ARGS)
 
 # 2272 images are 8 × (28 for validation + 4 full batches of 64): a last batch of a few spoils BatchNorm's statistics.
 table1-small: $(READY)  ## Table 1 at the scale of two CPU cores; DATA=<folder with train/ and test/>
-	$(if $(DATA),,$(error table1-small: expected DATA=<folder with train/<class>/ and test/<class>/ of images>))
+	$(needs_data)
 	$(MAKE) runs OUT="$(or $(OUT),results/table1-small)" SEEDS="$(or $(SEEDS),1 2 3)" \
 	    DATASETS="$(or $(DATASETS),$(notdir $(abspath $(DATA))))" VARIANTS="$(if $(filter command,$(origin VARIANTS)),$(VARIANTS),warm-start-gamma1 warm-start-float32)" \
 	    BASE="--arch small --limit 2272 --limit-test 2000 --epochs 10"
 
 precision: $(READY)  ## ResNet18 in bfloat16 and in float32, three seeds; DATA=<folder with train/ and test/>
+	$(needs_data)
 	$(MAKE) runs OUT="$(or $(OUT),results/precision)" SEEDS="$(or $(SEEDS),1 2 3)" \
-	    DATASETS="$(notdir $(abspath $(or $(DATA),$(error precision: expected DATA=<folder of images>))))" \
+	    DATASETS="$(notdir $(abspath $(DATA)))" \
 	    METHODS=warm-start VARIANTS=warm-start-float32 \
 	    BASE="--precision bfloat16 --mega-batches 4 --limit 1136 --limit-test 1000 --epochs 10"
 

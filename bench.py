@@ -32,6 +32,7 @@ from torchvision import transforms
 from torchvision.datasets import VisionDataset
 
 import lure
+from baselines import connections
 
 
 # ------------------------------------------------------------ The plain loop
@@ -79,11 +80,6 @@ def build(config: lure.Config, device: torch.device, memory_format=torch.channel
     return model.to(device, memory_format=memory_format)
 
 
-def sgd(model: nn.Module, config: lure.Config, **options) -> torch.optim.Optimizer:
-    rates = dict(lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
-    return torch.optim.SGD(model.parameters(), **rates, **options)
-
-
 def plain(config: lure.Config, size: int, device: torch.device, workers: int):
     """An epoch of the plain loop."""
     *_, padding, flip = lure.PREPROCESSING[config.dataset]
@@ -91,15 +87,16 @@ def plain(config: lure.Config, size: int, device: torch.device, workers: int):
     options = dict(shuffle=True, num_workers=workers, persistent_workers=workers > 0, pin_memory=pin)
     loader = DataLoader(pictures, config.batch_size, **options)
     model = build(config, device, torch.contiguous_format)
-    return partial(plain_epoch, model, sgd(model, config), loader, device)
+    rates = dict(lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+    return partial(plain_epoch, model, torch.optim.SGD(model.parameters(), **rates), loader, device)
 
 
 def ours(config: lure.Config, size: int, device: torch.device):
-    """An epoch of the loop of lure.py, with the layout and the optimizer of `lure.run`."""
+    """An epoch of the loop of lure.py, with the layout of `lure.run`."""
     data, model = random_data(config, size), build(config, device)
     pixels, labels = data.images.permute(0, 2, 3, 1).contiguous().to(device), data.labels.to(device)
     train, generator = torch.arange(size, device=device), torch.Generator(device).manual_seed(0)
-    optimizer = sgd(model, config, fused=True)
+    optimizer = lure.build_optimizer(model, config)
     return partial(lure.train_epoch_, model, optimizer, pixels, labels, train, config, generator)
 
 
@@ -113,7 +110,7 @@ def sensitivity(config: lure.Config, size: int, device: torch.device):
 def redrawing(config: lure.Config, device: torch.device):
     """Mask and reinitialisation, of random scores."""
     model = build(config, device)
-    scores = {name: torch.rand_like(p) for name, p in model.named_parameters() if p.ndim >= 2}
+    scores = {name: torch.rand_like(p) for name, p in connections(model).items()}
     return lambda: lure.reinitialize_(model, lure.top_k_mask(scores, config.keep), torch.Generator())
 
 
@@ -174,8 +171,7 @@ def compare(config: lure.Config, size: int, rounds: int, workers: int, device: t
             times[name].append(seconds(loop, device))
     times = {name: elapsed[1:] for name, elapsed in times.items()}  # the first round is the warm-up
     with FlopCounterMode(display=False) as counter:
-        images = lure.to_input(random_data(config, 2).images.permute(0, 2, 3, 1)).to(device)
-        build(config, device)(images).sum().backward()
+        sensitivity(config, 2, device)()  # forward and backward, as a step
     flops, steps = counter.get_total_flops() / 2, math.ceil(size / config.batch_size)
     ratios = [b / a for a, b in zip(times["ours"], times["plain"], strict=True)]
     ratio = statistics.median(times["plain"]) / statistics.median(times["ours"])
@@ -200,7 +196,7 @@ def batch_size(config: lure.Config, size: int, device: torch.device) -> dict:
 def unlearning(config: lure.Config, size: int, device: torch.device) -> dict:
     """Time and memory of unlearning by `size` images."""
     result = dict(arch=config.arch, images=size)
-    result["weights"] = sum(p.numel() for p in build(config, device).parameters() if p.ndim >= 2)
+    result["weights"] = sum(p.numel() for p in connections(build(config, device)).values())
     parts = dict(sensitivity=partial(sensitivity, config, size), redrawing=partial(redrawing, config))
     for name, make in parts.items():
         result[f"{name}_seconds"] = median_seconds(make(device=device), device)

@@ -425,6 +425,11 @@ def augmented(pixels: Tensor, index: Tensor, padding: int, flip: bool, generator
     return to_input(cropped * inside[..., None])
 
 
+def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
+    rates = dict(lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+    return torch.optim.SGD(model.parameters(), **rates, fused=True)
+
+
 def train_epoch_(model, optimizer, pixels, labels, train, config, generator) -> tuple[Tensor, Tensor]:
     """One epoch on the samples `train`, without a synchronisation. Returns running mean loss and accuracy."""
     *_, padding, flip = PREPROCESSING[config.dataset]
@@ -525,7 +530,6 @@ def run(config: Config, forget=lure_) -> dict:
     def sample(index):
         return to_input(pixels[index]), labels[index]
 
-    sgd = partial(torch.optim.SGD, lr=c.lr, momentum=c.momentum, weight_decay=c.weight_decay, fused=True)
     model, optimizer, rows = build(start_rng), None, []
     total = c.epochs * sum(len(batch.train) for batch in stream)
     with tqdm(total=total, unit="img", unit_scale=True, disable=None) as bar:
@@ -533,7 +537,7 @@ def run(config: Config, forget=lure_) -> dict:
             bar.set_description(f"{Path(c.out).stem} mega-batch {i + 1} of {len(stream)}".lstrip())
             val = torch.cat([b.val for b in stream[: i + 1]]) if c.replay == "full" else batch.val
             if optimizer is None or not c.keep_momentum:
-                optimizer = sgd(model.parameters())
+                optimizer = build_optimizer(model, c)
             row = learn_(model, optimizer, pixels, labels, batch.train, val, c, order_rng, bar)  # or relearn
             row["train"] = evaluate(model, pixels[batch.train], labels[batch.train])
             row["val"] = evaluate(model, pixels[val], labels[val])
