@@ -3,10 +3,11 @@
 
 MAKEFLAGS += --no-builtin-rules --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench precision table1-small reproduce-table1 prepare runs clean
+.PHONY: help demo test lint bench precision reproduce overview prepare runs clean
 
 # Variables count on the command line, not in the environment, where the same names may mean something else.
-$(foreach v,OUT DATA IMAGENET DATASETS METHODS VARIANTS SEEDS BASE ARGS,$(if $(findstring environment,$(origin $v)),$(eval $v :=)))
+VARIABLES := OUT DATA IMAGENET CIFAR10C SCALE TABLES DATASETS METHODS SEEDS ARGS
+$(foreach v,$(VARIABLES),$(if $(findstring environment,$(origin $v)),$(eval $v :=)))
 
 ifeq ($(origin PYTHON),command line)
 READY :=
@@ -20,12 +21,12 @@ READY := .venv/installed
 endif
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z0-9-]*\):.*  ## /\1	/p' Makefile | awk -F '\t' '{ printf "make %-16s  %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z0-9-]*\):.*  ## /\1	/p' Makefile | awk -F '\t' '{ printf "make %-18s  %s\n", $$1, $$2 }'
 
 demo: $(READY)  ## all methods on scikit-learn's digits: a table and a figure, in a minute and a half
 	rm -rf demo
-	$(MAKE) $(if $(filter -j%,$(MAKEFLAGS)),,-j$$(getconf _NPROCESSORS_ONLN)) runs OUT=demo DATASETS=digits SEEDS="$(or $(SEEDS),1)" \
-	    BASE="--image-size 16 --arch small --mega-batches 4 --epochs 10"
+	$(MAKE) $(if $(filter -j%,$(MAKEFLAGS)),,-j$$(getconf _NPROCESSORS_ONLN)) runs TABLES=demo SCALE=demo OUT=demo \
+	    DATASETS=digits SEEDS="$(or $(SEEDS),1)"
 
 test: $(READY)  ## the test-suite
 	$(PYTHON) -m pytest -q $(ARGS) tests
@@ -34,63 +35,152 @@ lint: $(READY)  ## ruff: check and format
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 
-reproduce-table1: $(READY)  ## Table 1 at the paper's protocol; IMAGENET=<folder> for its third data set
-	$(MAKE) runs OUT="$(or $(OUT),results/table1)" SEEDS="$(or $(SEEDS),1 2 3)" \
-	    DATASETS="$(or $(DATASETS),cifar10 cifar100 $(if $(IMAGENET),restricted-imagenet))"
-
-needs_data = $(if $(DATA),,$(error $@: expected DATA=<folder with train/<class>/ and test/<class>/ of images>))
-
 bench: $(READY)  ## the loop beside a plain one: images/s, TFLOP/s, memory, cost of unlearning
 	$(PYTHON) bench.py --out "$(or $(OUT),results/bench)" $(ARGS)
 
-# 2272 images are 8 × (28 for validation + 4 full batches of 64): a last batch of a few spoils BatchNorm's statistics.
-table1-small: $(READY)  ## Table 1 at the scale of two CPU cores; DATA=<folder with train/ and test/>
-	$(needs_data)
-	$(MAKE) runs OUT="$(or $(OUT),results/table1-small)" SEEDS="$(or $(SEEDS),1 2 3)" \
-	    DATASETS="$(or $(DATASETS),$(notdir $(abspath $(DATA))))" VARIANTS="$(if $(filter command,$(origin VARIANTS)),$(VARIANTS),warm-start-gamma1 warm-start-float32)" \
-	    BASE="--arch small --limit 2272 --limit-test 2000 --epochs 10"
+precision: $(READY)  ## ResNet18 in bfloat16 and in float32; DATA=<folder with train/ and test/>
+	$(MAKE) runs TABLES=precision SCALE=precision
 
-precision: $(READY)  ## ResNet18 in bfloat16 and in float32, three seeds; DATA=<folder with train/ and test/>
-	$(needs_data)
-	$(MAKE) runs OUT="$(or $(OUT),results/precision)" SEEDS="$(or $(SEEDS),1 2 3)" \
-	    DATASETS="$(notdir $(abspath $(DATA)))" \
-	    METHODS=warm-start VARIANTS=warm-start-float32 \
-	    BASE="--precision bfloat16 --mega-batches 4 --limit 1136 --limit-test 1000 --epochs 10"
+# ------------------------------------------------------------ Tables and figures
+# At the paper's protocol, on CIFAR-10 unless it says otherwise; with SCALE=small DATA=<folder with train/<class>/ and
+# test/<class>/ of images> at that of two CPU cores.
+reproduce-table1:  ## full replay; CIFAR-10, CIFAR-100 and, with IMAGENET=<folder>, restricted ImageNet
+reproduce-table2:  ## buffered replay, on the same
+reproduce-table3:  ## no replay, on the same
+reproduce-table4:  ## long sequences of mega-batches
+reproduce-table5:  ## few-shot: restricted ImageNet, IMAGENET=<folder>
+reproduce-table6:  ## architectures
+reproduce-table7:  ## share of the weights that is redrawn
+reproduce-table8:  ## criterion of importance
+reproduce-table9:  ## noisy labels
+reproduce-figure2:  ## corruptions; CIFAR10C=<folder of CIFAR-10-C>
+reproduce-figure3:  ## attack by PGD-10, noisy labels
+reproduce-figure4:  ## reliability and calibration error
+reproduce-figure5:  ## noise on the weights
+reproduce-figure6:  ## learning rate and weight decay
+where-from:  ## where the gain comes from: the method, the schedule or the choice of the epoch
+cost:  ## accuracy and cumulative error against image passes
+reproduce: $(READY)  ## all of these
+	$(MAKE) runs TABLES="$(ALL)"
 
-# One mechanism behind all of them: a file per run, $(OUT)/<dataset>/<method>-<seed>.json, then the table; the first seed
-# of all methods comes first. A file that is there is not made again, so an interrupted call goes on where it stopped.
-# A variant is a method with other settings, <method>-<variant>-<seed>.json. A data set that lure.py does not know by
-# name is the image folder $(DATA).
-METHODS := $(filter-out fisher magnitude random,$(shell sed -n '/^METHODS = {/,/^}/s/^    "\([a-z-]*\)".*/\1/p' baselines.py))
-VARIANTS :=
-RUNS = $(foreach s,$(SEEDS),$(foreach d,$(DATASETS),$(foreach m,$(METHODS) $(VARIANTS),$(OUT)/$d/$m-$s.json)))
+# The rows of a table are names, METHOD+OPTION=VALUE+…, the options as those of baselines.py, on top of base.SCALE. A run
+# is a file, $(OUT)/<data set>/<row>-<seed>.json; where two tables have the same row, they share it.
+SCALE := paper
+OUT = results/$(SCALE)
+ALL := $(addprefix table,1 2 3 4 5 6 7 8 9) $(addprefix figure,2 3 4 5 6) where-from cost
+methods := $(filter-out fisher magnitude random,$(shell sed -n '/^METHODS = {/,/^}/s/^    "\([a-z-]*\)".*/\1/p' baselines.py))
+paper := warm-start llf sp lure
+# Each of the methods $1, or those asked for, with each of the options $2; + stands for none.
+with = $(patsubst %+,%,$(foreach o,$2,$(addsuffix $o,$(or $(METHODS),$1))))
+
+# Small sizes are such that no epoch ends with a batch of a few, which spoils BatchNorm's statistics: of 284 images, 28
+# are for validation and 256 are four full batches; 275 less 28, and 8 from the buffer, are four but for one.
+base.demo := --image-size 16 --arch small --mega-batches 4 --epochs 10
+base.precision := --precision bfloat16 --mega-batches 4 --limit 1136 --limit-test 1000 --epochs 10
+base.small := --arch small --limit 2272 --limit-test 2000 --epochs 10
+four.paper := +mega-batches=4
+four.small := +mega-batches=4+limit=1136
+four = $(four.$(SCALE))
+buffer.paper := +replay=buffer
+buffer.small := +replay=buffer+buffer-size=8+limit=2200
+long.paper := $(addprefix +mega-batches=,25 50 100)
+long.small := $(addprefix +limit=1420+mega-batches=,10 20)
+shots.paper := $(addprefix +arch=resnet50+shots=270+mega-batches=,30 70)
+shots.small := $(addprefix +shots=27+epochs=20+mega-batches=,5 10)
+archs.paper := $(four.paper) $(addprefix $(four.paper)+arch=,resnet50 wide_resnet50_2 vgg16_bn)
+archs.small := $(addprefix +mega-batches=4+limit=568+image-size=16+arch=,resnet18 resnet50 wide_resnet50_2 vgg16_bn)
+rates.paper := $(foreach w,+ +weight-decay=0.0005 +weight-decay=0.001,$(addsuffix $(w:+=),+ +lr=0.05 +lr=0.01 +lr=0.005))
+rates.small := + +weight-decay=0.001 +lr=0.005 +lr=0.005+weight-decay=0.001
+epochs.paper := +epochs=5 +epochs=10 +epochs=20 +
+epochs.small := +epochs=5 + +epochs=20
+four_with = $(patsubst %+,%,$(addprefix $(four),$1))
+
+demo = $(call with,$(methods),+)
+table1 = $(call with,$(methods),+) $(if $(METHODS),,warm-start+gamma=1 $(if $(filter small,$(SCALE)),warm-start+precision=float32))
+table2 = $(call with,$(methods),$(buffer.$(SCALE)))
+table3 = $(call with,$(methods),+replay=none)
+table4 = $(call with,$(paper),$(long.$(SCALE)))
+table5 = $(call with,$(paper),$(shots.$(SCALE)))
+table6 = $(call with,$(if $(filter small,$(SCALE)),warm-start lure,$(paper)),$(archs.$(SCALE)))
+table7 = warm-start $(call with,lure,+keep=0.95 +keep=0.9 + +keep=0.7 +keep=0.6)
+table8 = $(call with,warm-start fisher magnitude lure random,$(four))
+table9 = $(call with,$(paper),$(call four_with,+ +label-noise=0.2 +label-noise=0.4))
+figure2 = $(call with,$(methods),+)
+figure3 = $(figure2) $(table9)
+figure4 = $(figure2)
+figure5 = $(figure2)
+figure6 = $(call with,$(if $(filter small,$(SCALE)),warm-start lure,$(paper)),$(call four_with,$(rates.$(SCALE))))
+where-from = $(call with,warm-start lure random scratch,$(call four_with,+ +select=best-val +gamma=1 +gamma=1+select=best-val))
+cost = $(call with,warm-start lure sp scratch,$(call four_with,$(epochs.$(SCALE))))
+precision = warm-start warm-start+precision=float32
+
+seeds.small.table4 := 1
+seeds.small.table6 := 1
+seeds = $(or $(SEEDS),$(seeds.$(SCALE).$1),1 2 3)
+datasets.table1 := cifar10 cifar100 $(if $(IMAGENET),restricted-imagenet)
+datasets.table2 := $(datasets.table1)
+datasets.table3 := $(datasets.table1)
+datasets.table5 := restricted-imagenet
+datasets = $(or $(DATASETS),$(if $(filter paper,$(SCALE)),$(or $(datasets.$1),cifar10),$(notdir $(abspath $(folder)))))
+folder = $(or $(DATA),DATA)
 dataset_digits = --dataset digits
 dataset_cifar10 = --dataset cifar10 --data $(or $(DATA),data)
 dataset_cifar100 = --dataset cifar100 --data $(or $(DATA),data)
-dataset_restricted-imagenet = --dataset restricted-imagenet --mega-batches 3 --data \
-    $(or $(IMAGENET),$(error restricted-imagenet: expected IMAGENET=<folder with train/ and val/>))
-method_warm-start-gamma1 = --method warm-start --gamma 1
-method_warm-start-float32 = --method warm-start --precision float32
+dataset_restricted-imagenet = --dataset restricted-imagenet --mega-batches 3 --data $(or $(IMAGENET),IMAGENET)
+
+# One mechanism behind all of them: the runs, seed by seed, then the table. A file that is there is not made again, so an
+# interrupted call goes on where it stopped.
+TARGETS := $(patsubst figure%,reproduce-figure%,$(patsubst table%,reproduce-table%,$(ALL)))
+.PHONY: $(TARGETS)
+$(TARGETS): $(READY)
+	$(MAKE) runs TABLES=$(@:reproduce-%=%)
+
+files = $(foreach s,$(call seeds,$1),$(foreach d,$(call datasets,$1),$(foreach r,$($1),$(OUT)/$d/$r-$s.json)))
+RUNS = $(foreach t,$(TABLES),$(call files,$t))
+METRICS = $(if $(filter figure3 figure4 figure5,$(TABLES)),$(patsubst %.json,%.metrics.json,$(call files,figure4)))
+CORRUPTIONS = $(if $(filter figure2,$(TABLES)),$(patsubst %.json,%.corruptions.json,$(call files,figure2)))
+MISSING = $(filter-out $(wildcard $(RUNS) $(METRICS) $(CORRUPTIONS)),$(RUNS) $(METRICS) $(CORRUPTIONS))
 dataset = $(notdir $(patsubst %/,%,$(dir $@)))
-seed = $(lastword $(subst -, ,$(basename $(notdir $@))))
-name = $(patsubst %-$(seed).json,%,$(notdir $@))
+name = $(firstword $(subst .json, ,$(subst .metrics, ,$(subst .corruptions, ,$(notdir $@)))))
+seed = $(lastword $(subst -, ,$(name)))
+row = $(subst +, ,$(patsubst %-$(seed),%,$(name)))
 # How many runs at once; a bare -j means as many as there are, so one thread each.
 jobs = $(or $(patsubst -j%,%,$(filter -j%,$(MAKEFLAGS))),$(if $(filter -j,$(MAKEFLAGS)),99,1))
+threads = OMP_NUM_THREADS=$$(n=$$(( $$(getconf _NPROCESSORS_ONLN) / $(jobs) )); echo $$(( n > 0 ? n : 1 )))
 
-# The data sets of the runs to come are downloaded, or decoded, once and before them, not by each of them at once.
+runs: $(RUNS) $(METRICS) $(CORRUPTIONS)
+	$(foreach t,$(TABLES),$(PYTHON) evaluate.py report --out $(OUT)/$t.md $(call files,$t) &&) true
+
+define run
+$(threads) $(PYTHON) baselines.py $(or $(dataset_$(dataset)),--dataset folder --data $(folder)) $(base.$(SCALE)) \
+    --method $(firstword $(row)) $(addprefix --,$(wordlist 2,99,$(row))) --seed $(seed) $(ARGS) \
+    --out $(dir $@)$(name).json --checkpoint $(dir $@)$(name).pt
+endef
+$(sort $(RUNS)): | $(READY) $(if $(MISSING),prepare)
+	$(run)
+
+# A record may be there without its checkpoint, which is not kept in git: then the run is made again.
+$(METRICS): %.metrics.json: | %.json
+	[ -e $*.pt ] || $(run)
+	$(threads) $(PYTHON) evaluate.py metrics $*.pt
+
+$(CORRUPTIONS): %.corruptions.json: | %.json
+	[ -e $*.pt ] || $(run)
+	$(threads) $(PYTHON) evaluate.py metrics --corruptions $(or $(CIFAR10C),CIFAR10C) $*.pt
+
+# What the runs to come need: data sets are downloaded, or decoded, once and before them, not by each of them at once.
+DATASETS_OF_RUNS = $(sort $(foreach t,$(TABLES),$(call datasets,$t)))
+needed = $(if $($1),,echo "$1: expected $1=<folder$2>" >&2; exit 2;)
 prepare: $(READY)
-	$(foreach d,$(filter-out digits restricted-imagenet,$(DATASETS)),$(PYTHON) -c 'import sys, lure; \
+	@$(if $(filter-out digits cifar10 cifar100 restricted-imagenet,$(DATASETS_OF_RUNS)),$(call needed,DATA, with train/<class>/ and test/<class>/ of images)) \
+	$(if $(filter restricted-imagenet,$(DATASETS_OF_RUNS)),$(call needed,IMAGENET, with train/ and val/)) \
+	$(if $(CORRUPTIONS),$(call needed,CIFAR10C, of CIFAR-10-C)) true
+	$(foreach d,$(filter-out digits restricted-imagenet,$(DATASETS_OF_RUNS)),$(PYTHON) -c 'import sys, lure; \
 	    sys.exit(lure.guarded("$d", lambda: lure.load_dataset(*sys.argv[1:])))' \
 	    $(if $(dataset_$d),$d,folder) $(or $(DATA),data) &&) true
 
-runs: $(RUNS)
-	$(PYTHON) evaluate.py report $(addprefix $(OUT)/,$(DATASETS))
-
-$(RUNS): | $(READY) $(if $(filter-out $(wildcard $(RUNS)),$(RUNS)),prepare)
-	OMP_NUM_THREADS=$$(n=$$(( $$(getconf _NPROCESSORS_ONLN) / $(jobs) )); echo $$(( n > 0 ? n : 1 ))) \
-	    $(PYTHON) baselines.py $(or $(dataset_$(dataset)),--dataset folder --data $(DATA)) $(BASE) \
-	    $(or $(method_$(name)),--method $(name)) --seed $(seed) $(ARGS) \
-	    --out $@ --checkpoint $(basename $@).pt
+overview: $(READY)  ## results/README.md, from all tables and figures that are there
+	$(PYTHON) evaluate.py overview results
 
 clean:  ## remove what the demo made, caches and the environment
 	rm -rf demo .cache .venv .pytest_cache .ruff_cache .hypothesis __pycache__ tests/__pycache__
