@@ -66,6 +66,7 @@ reproduce: $(READY)  ## all of these
 # The rows of a table are names, METHOD+OPTION=VALUE+…, the options as those of baselines.py, on top of base.SCALE. A run
 # is a file, $(OUT)/<data set>/<row>-<seed>.json; where two tables have the same row, they share it.
 SCALE := paper
+$(if $(filter-out paper small precision demo,$(SCALE)),$(error SCALE: expected paper or small, not $(SCALE)))
 OUT = results/$(SCALE)
 ALL := $(addprefix table,1 2 3 4 5 6 7 8 9) $(addprefix figure,2 3 4 5 6) where-from cost
 methods := $(filter-out fisher magnitude random,$(shell sed -n '/^METHODS = {/,/^}/s/^    "\([a-z-]*\)".*/\1/p' baselines.py))
@@ -116,6 +117,7 @@ precision = warm-start warm-start+precision=float32
 
 seeds.small.table4 := 1
 seeds.small.table6 := 1
+seeds.small.cost := 1
 seeds = $(or $(SEEDS),$(seeds.$(SCALE).$1),1 2 3)
 datasets.table1 := cifar10 cifar100 $(if $(IMAGENET),restricted-imagenet)
 datasets.table2 := $(datasets.table1)

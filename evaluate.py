@@ -1,16 +1,20 @@
-"""How good a trained network is beyond its accuracy, and the tables and figures of a folder of runs.
+"""How good a trained network is beyond its accuracy, and the tables and figures of runs.
 
-python evaluate.py metrics lure-1.pt --corruptions CIFAR-10-C    # writes lure-1.metrics.json beside it
-python evaluate.py report results/table1/cifar10                 # writes table.md and figures there
+python evaluate.py metrics lure-1.pt                               # writes lure-1.metrics.json beside it
+python evaluate.py metrics lure-1.pt --corruptions CIFAR-10-C      # writes lure-1.corruptions.json
+python evaluate.py report --out table9.md cifar10/*-[123].json     # a table of these runs, beside the paper's
 """
 
 import argparse
 import json
+import math
 import re
 import statistics
 import sys
-from functools import partial
+from functools import partial, reduce
+from itertools import compress, product
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -154,216 +158,532 @@ def load_checkpoint(path: Path, device: torch.device) -> tuple[nn.Module, dict]:
 
 
 def metrics(path: Path, args: argparse.Namespace) -> dict:
-    """A checkpoint's calibration, PGD, weight noise and, given a folder, corruptions; written beside it."""
+    """A checkpoint's calibration, PGD and weight noise, or accuracy under corruptions; writes it too."""
     device = lure.pick_device(args.device)
     model, config = load_checkpoint(path, device)
     sizes = {key: config[key] for key in ("image_size", "limit", "limit_test", "shots")}
     data = lure.load_dataset(config["dataset"], args.data or config["data"], args.cache, **sizes)
     if data.classes != config["classes"]:
         raise DataError(f"{path}: was trained on other classes than those of {args.data or config['data']}")
+    result = {"config": config, **lure.provenance(["evaluate.py", *args.argv], device, data)}
+    if args.corruptions:
+        result["corruptions"] = corruption_accuracy(model, args.corruptions)
+        target = path.with_suffix(".corruptions.json")
+    else:
+        result |= clean_metrics(model, data, config["seed"], args.epsilons, args.sigmas)
+        target = path.with_suffix(".metrics.json")
+    text = json.dumps(result, indent=1) + "\n"
+    lure.write(target, lambda file: file.write_text(text))
+    return result
+
+
+def clean_metrics(model, data: lure.Dataset, seed: int, epsilons, sigmas) -> dict:
+    """Accuracy, ECE and its bins, accuracy under PGD-10 by ε, training accuracy by σ of weight noise."""
+    device = next(model.parameters()).device
     train_x, test_x = (
         lure.to_input(x.permute(0, 2, 3, 1).to(device)) for x in (data.images, data.test_images)
     )
     train_y, test_y = data.labels.to(device), data.test_labels.to(device)
     probabilities = predict(model, test_x).softmax(1)
-    origin = lure.provenance(["evaluate.py", *args.argv], device, data)
-    result = {"config": config, **origin, "accuracy": accuracy(model, test_x, test_y)}
+    result: dict = {"accuracy": accuracy(model, test_x, test_y)}
     result["ece"] = expected_calibration_error(probabilities, test_y)
     result["reliability"] = {k: v.tolist() for k, v in reliability_bins(probabilities, test_y).items()}
     result["pgd"] = {}
-    for epsilon in args.epsilons:
+    for epsilon in epsilons:
         batches = zip(test_x.split(125), test_y.split(125), strict=True)
         attacked = torch.cat([pgd_attack(model, x, y, epsilon / 255) for x, y in batches])
         result["pgd"][f"{epsilon:g}/255"] = accuracy(model, attacked, test_y)
-    generator = torch.Generator().manual_seed(config["seed"])
-    noisy = weight_noise_accuracy(model, train_x, train_y, args.sigmas, generator=generator)
-    result["weight_noise"] = dict(zip(args.sigmas, noisy, strict=True))
-    if args.corruptions:
-        result["corruptions"] = corruption_accuracy(model, args.corruptions)
-    text = json.dumps(result, indent=1) + "\n"
-    lure.write(path.with_suffix(".metrics.json"), lambda file: file.write_text(text))
-    return result
+    generator = torch.Generator().manual_seed(seed)
+    noisy = weight_noise_accuracy(model, train_x, train_y, sigmas, generator=generator)
+    return result | {"weight_noise": dict(zip(sigmas, noisy, strict=True))}
 
 
 def summary(result: dict) -> str:
-    mca = {"mca": result["corruptions"]["mean"]} if "corruptions" in result else {}
-    return json.dumps({k: result[k] for k in ("accuracy", "ece", "pgd", "weight_noise")} | mca)
+    shown = {key: result[key] for key in ("accuracy", "ece", "pgd", "weight_noise") if key in result}
+    return json.dumps(shown or {"mca": result["corruptions"]["mean"]})
 
 
-# ------------------------------------------------------------ A folder's report
+# ------------------------------------------------------------ Reports: rows, tables, claims
 
 NAMES = {"warm-start": "Warm start", "sp": "S&P", "llf": "LLF", "lure": "LURE", "scratch": "Scratch"}
 NAMES |= {"rifle": "RIFLE", "dash": "DASH", "fire": "FIRE"}
 NAMES |= {"fisher": "LURE by Fisher", "magnitude": "LURE by magnitude", "random": "LURE by chance"}
 TITLES = {"cifar10": "CIFAR-10", "cifar10-jpeg": "CIFAR-10 (JPEG copy)", "cifar100": "CIFAR-100"}
 TITLES |= {"restricted-imagenet": "Restricted ImageNet", "digits": "Digits"}
-IN_PAPER = {"warm-start": "BL", "llf": "LLF", "sp": "S&P", "lure": "LURE"}
+SUBJECTS = {
+    "table1": "full replay",
+    "table2": "buffered replay",
+    "table3": "no replay",
+    "table4": "long sequences",
+    "table5": "few-shot",
+    "table6": "architectures",
+    "table7": "share of the weights that is kept",
+    "table8": "criterion of importance",
+    "table9": "noisy labels",
+    "figure2": "corruptions",
+    "figure3": "attack by PGD-10, and noisy labels",
+    "figure4": "reliability and calibration error",
+    "figure5": "noise on the weights",
+    "figure6": "learning rate and weight decay",
+    "where-from": "method, schedule or choice of the epoch",
+    "cost": "accuracy and errors against image passes",
+    "precision": "of training",
+    "demo": "all methods",
+}
 
 
-def load_runs(folder: Path) -> tuple[dict[str, list[dict]], dict[str, dict]]:
-    """The records of a folder by row: METHOD-SEED.json, or METHOD-VARIANT-SEED.json with other options.
+class Row(NamedTuple):
+    """Runs that differ by their seed alone."""
 
-    Returns row → records, and row → its method's own settings and a variant's options. DataError for a file
-    that is no record, and for rows that cannot be compared: other data, or other options and no variant.
+    method: str
+    options: dict  # those in which the rows of a table differ, and their values
+    named: dict  # those in the names of its files, and their values
+    records: list[dict]
+
+    def by_seed(self, *path) -> dict:
+        """Seed → what the path leads to in the record, where it was measured."""
+        found = {}
+        for record in self.records:
+            value = reduce(lambda v, key: v[key], path, record) if path[0] in record else None
+            if value is not None:
+                found[record["config"]["seed"]] = value
+        return found
+
+    def values(self, *path) -> list:
+        return [*self.by_seed(*path).values()]
+
+    @property
+    def config(self) -> dict:
+        return self.records[0]["config"]
+
+    @property
+    def label(self) -> str:
+        return ", ".join([NAMES.get(self.method, self.method), *(f"{k} {v}" for k, v in self.named.items())])
+
+
+class Column(NamedTuple):
+    title: str
+    path: tuple
+    digits: int = 2
+    printed: str = ""  # the paper's, in paper.json
+    paired: bool = False  # with the differences to warm start
+
+
+MAIN = [
+    Column("Test accuracy, %", ("totals", "test_accuracy"), printed="test_acc", paired=True),
+    Column("CER", ("totals", "cer"), 0, printed="cer"),
+    Column("Gap, points", ("totals", "generalization_gap"), printed="gap"),
+    Column("ECE, %", ("totals", "ece")),
+    Column("Image passes", ("totals", "image_passes"), 0),
+    Column("Training, s", ("totals", "seconds"), 0),
+]
+
+
+def load_record(path: Path) -> dict:
+    """A run's record, METHOD+OPTION=VALUE+…-SEED.json, with what `metrics` wrote beside it.
+
+    Adds its `path`, the options in its name (`named`) and all that may set it apart from others (`options`).
+    DataError for a file that is no record, or not of what its name says.
     """
-    runs: dict[str, list[dict]] = {}
-    for path in sorted(folder.glob("*.json")):
-        if path.name.endswith(".metrics.json"):
-            continue
-        try:
-            record = json.loads(path.read_text()) | {"path": path}
-            options = {"method": "lure", "set": []} | record["config"]
-            options |= {"data": record["data"]["sha256"], "precision": record["precision"]}  # what they were
-            row, seed = re.fullmatch(r"(.+)-(\d+)", path.stem).groups()
-            if int(seed) != options["seed"] or not row.startswith(options["method"]):
-                raise ValueError(f"it is of {options['method']}, seed {options['seed']}")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{path}: expected the record of a run, METHOD-SEED.json ({error})") from error
-        runs.setdefault(row, []).append(record | {"config": options})
-    if not runs:
-        raise DataError(f"{folder}: expected records of runs, METHOD-SEED.json; found none")
-    order = sorted(runs, key=lambda row: ([*METHODS].index(runs[row][0]["config"]["method"]), row))
-    reference = next((runs[row][0] for row in order if row in METHODS), runs[order[0]][0])
-    variants = {}
-    for row in order:
-        for record in runs[row]:
-            compare(record, runs[row][0], apart={"seed"})
-        apart = {"seed", "method", "set"}
-        variants[row] = {} if row in METHODS else differences(runs[row][0], reference, apart | {"data"})
-        compare(runs[row][0], reference, apart | variants[row].keys())
-        own = dict(setting.split("=") for setting in runs[row][0]["config"]["set"])
-        variants[row] = own | variants[row]
-    return {row: runs[row] for row in order}, variants
+    file = path
+    try:
+        record = json.loads(path.read_text())
+        config = {"method": "lure", "set": []} | record["config"]
+        name, seed = path.stem.rsplit("-", 1)
+        method, *pairs = name.split("+")
+        named = {}
+        for key, _, text in (pair.partition("=") for pair in pairs):
+            key = key.replace("-", "_")
+            named[key] = [text] if key == "set" else type(config[key])(text or True)
+        for key, value in {"method": method, "seed": int(seed), **named}.items():
+            if config[key] != value:
+                raise ValueError(f"it is of {key} {config[key]}")
+        options = {k: v for k, v in config.items() if k not in lure.PATHS | {"method", "seed"}}
+        options |= {"data": record["data"]["sha256"], "precision": record["precision"]}  # what they were
+        for file in (path.with_suffix(".metrics.json"), path.with_suffix(".corruptions.json")):
+            record = (json.loads(file.read_text()) if file.exists() else {}) | record
+        for part in (record["totals"], record):
+            if "ece" in part:
+                part["ece"] *= 100
+        if noisy := [*record.get("weight_noise", {}).values()]:
+            record["noise_drop"] = noisy[0] - noisy[-1]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{file}: expected the record of the run that its name says ({error})") from error
+    return record | {"path": path, "config": config, "named": named, "options": options}
 
 
-def differences(record: dict, other: dict, apart: set) -> dict:
-    """The options of `record`, but those `apart`, that the other has otherwise; `data` is the data's hash."""
-    mine, theirs = record["config"], other["config"]
-    apart = apart | lure.PATHS - {"data"}
-    return {k: mine.get(k) for k in mine | theirs if k not in apart and mine.get(k) != theirs.get(k)}
+def load_rows(paths: list[Path]) -> list[Row]:
+    """The rows of a table, in the order of the files. DataError for those that cannot be compared.
+
+    Two runs may differ in their seed, their method and the options that the name of one of them tells.
+    """
+    records = [load_record(path) for path in paths]
+    first, apart = records[0], {}
+    for record in records:
+        free = {*record["named"], *first["named"]}
+        if free & {"limit", "limit_test", "shots", "image_size"}:
+            free.add("data")
+        for key, value in record["options"].items():
+            if value != (there := first["options"].get(key)) and key not in free:
+                where = f"{there} in {first['path'].name}"
+                raise DataError(f"{record['path']}: cannot be compared: {key} is {value}, {where}")
+            if value != there and key != "data":
+                apart[key] = None
+    rows: dict[str, Row] = {}
+    for record in records:
+        method, options = record["config"]["method"], {key: record["options"][key] for key in apart}
+        row = Row(method, options, record["named"], [])
+        rows.setdefault(json.dumps([method, options]), row).records.append(record)
+    return [*rows.values()]
 
 
-def compare(record: dict, other: dict, apart: set) -> None:
-    for name, value in differences(record, other, apart).items():
-        there = f"{other['config'].get(name)} in {other['path'].name}"
-        raise DataError(f"{record['path']}: cannot be compared: {name} is {value}, {there}")
+def paired(row: Row, other: Row, *path) -> list[float]:
+    """Differences to another row, seed by seed."""
+    mine, theirs = row.by_seed(*path), other.by_seed(*path)
+    return [mine[seed] - theirs[seed] for seed in sorted(mine.keys() & theirs.keys())]
 
 
-def report(folder: Path) -> str:
-    """A folder's runs as a Markdown table, beside the paper's if it has any. Writes it and figures there."""
-    runs, variants = load_runs(folder)
-    names = {}
-    for row, options in variants.items():
-        method = runs[row][0]["config"]["method"]
-        names[row] = ", ".join([NAMES.get(method, method), *(f"{k} {v}" for k, v in options.items())])
-    everything = [record for records in runs.values() for record in records]
-    config, data, dataset = everything[0]["config"], everything[0]["data"], folder.resolve().name
-    title = TITLES.get(dataset, dataset)
-    machines = {f"{r['device']}, {r['precision']}, torch {r['versions']['torch']}" for r in everything}
-    caption = (
-        f"{title}: {config['arch']}, {config['mega_batches']} mega-batches of {config['epochs']} epochs, "
-        f"replay {config['replay']}, {data['train']} training and {data['test']} test images; "
-        f"{'; '.join(sorted(machines))}. Mean ± sample standard deviation over seeds."
-    )
-    text = f"{caption}\n\n{table(dataset, runs, names)}"
-    for name, figure in figures(title, runs, names).items():
-        lure.write(folder / f"{name}.png", partial(figure.savefig, format="png", dpi=150))
-    lure.write(folder / "table.md", lambda path: path.write_text(text))
-    return text
+def interval(values: list[float]) -> tuple[float, float]:
+    """95 % t interval of the mean of two or more values."""
+    from scipy.stats import t
+
+    mean, n = statistics.fmean(values), len(values)
+    half = float(t.ppf(0.975, n - 1)) * statistics.stdev(values) / n**0.5
+    return mean - half, mean + half
 
 
-def spread(values: list[float], digits: int = 2, sign: str = "") -> str:
-    """Mean ± sample standard deviation, the latter from two values on."""
-    mean = f"{statistics.fmean(values):{sign}.{digits}f}"
-    return mean + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+def with_interval(differences: list[float]) -> str:
+    digits = 2 if abs(statistics.fmean(differences)) < 100 else 0  # points, or a count
+    mean, *ends = statistics.fmean(differences), *(interval(differences) if len(differences) > 1 else ())
+    shown = [f"{x:+.{digits}f}" for x in (mean, *ends)]
+    return shown[0] + (f" [{', '.join(shown[1:])}]" if ends else "")
 
 
-def table(dataset: str, runs: dict, names: dict) -> str:
-    config, data = (next(iter(runs.values()))[0][key] for key in ("config", "data"))
-    published = json.loads((Path(__file__).parent / "results" / "paper.json").read_text())["tables"]
-    published = published[{"full": "table1", "buffer": "table2", "none": "table3"}[config["replay"]]]["rows"]
-    known = next((n for n in ("cifar100", "cifar10", "restricted-imagenet") if dataset.startswith(n)), None)
-    t, tested = (3, 3_450) if known == "restricted-imagenet" else (8, 10_000)  # of the paper's Tables 1 to 3
-    paper = {r["method"]: r for r in published if r["dataset"] == known and config["mega_batches"] == t}
-    beside = ["paper", "difference"] if paper else []
-    head = ["Method", "Seeds", "Test accuracy, %", *beside, "CER", *beside, "Gap, points", *beside, "ECE, %"]
-    lines = [[*head, "Accuracy − warm start's", "Image passes", "Training, s"]]
-    lines.append([":---"] + ["---:"] * (len(lines[0]) - 1))
-    baseline = {r["config"]["seed"]: r["totals"]["test_accuracy"] for r in runs.get("warm-start", [])}
-    columns = (("test_accuracy", "test_acc", 2), ("cer", "cer", 0), ("generalization_gap", "gap", 2))
-    for row, records in runs.items():
-        totals, cells = [r["totals"] for r in records], [names[row], str(len(records))]
-        for key, column, digits in columns:
-            values = [t[key] for t in totals if t[key] is not None]
-            cells.append(spread(values, digits) if values else "–")
-            if paper:
-                printed = paper.get(IN_PAPER.get(row), {}).get(column)
-                cells.append("–" if printed is None else f"{printed:.{digits}f}")
-                like = printed is not None and (key != "cer" or data["test"] == tested)
-                cells.append(f"{statistics.fmean(values) - printed:+.{digits}f}" if like and values else "–")
-        pairs = [(r["totals"]["test_accuracy"], baseline.get(r["config"]["seed"])) for r in records]
-        paired = [own - other for own, other in pairs if other is not None and row != "warm-start"]
-        cells += [spread([100 * t["ece"] for t in totals]), spread(paired, sign="+") if paired else "–"]
-        cells += [f"{totals[0]['image_passes']:,}", spread([t["seconds"] for t in totals], 0)]
+def spread(values: list[float], digits: int = 2) -> str:
+    """Mean ± sample standard deviation, the latter from two values on that are not all the same."""
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return mean + (f" ± {statistics.stdev(values):.{digits}f}" if len({*values}) > 1 else "")
+
+
+def warm_start_of(row: Row, rows: list[Row]) -> Row | None:
+    """The warm start that a row is compared with: that with most of the row's options, and no other."""
+    fitting = [
+        r for r in rows if r.method == "warm-start" and r is not row and r.named.items() <= row.named.items()
+    ]
+    return max(fitting, key=lambda r: len(r.named), default=None)
+
+
+def is_of(row: Row, published: dict) -> bool:
+    shared = published.keys() & row.config.keys() - {"dataset"}
+    return all(row.config[key] == published[key] for key in shared)
+
+
+def table(rows: list[Row], columns: list[Column], published: list[dict]) -> str:
+    """Markdown: the rows, with the paper's number beside the first that it fits, then what it has besides."""
+    rest = [p for p in published if any(column.printed in p for column in columns)]
+    printed = {column for column in columns if any(column.printed in p for p in rest)}
+    entries = []
+    for row in rows:
+        entries.append((row, next((p for p in rest if is_of(row, p)), {})))
+        rest = [p for p in rest if p is not entries[-1][1]]
+    entries += [(Row(p["method"], p, {}, []), p) for p in rest]
+
+    options = [*rows[0].options]
+    head = ["Method", *(key.replace("_", "-") for key in options), "Seeds"]
+    for column in columns:
+        head += [column.title] + ["paper"] * (column in printed)
+        head += [f"{column.title.split(',')[0]} − warm start's [95 %]"] * column.paired
+    lines = [head, [":---"] + ["---:"] * (len(head) - 1)]
+    for row, p in entries:
+        n, shown = len(row.records), [row.options.get(key, "–") for key in options]
+        cells = [NAMES[row.method], *(f"{v:g}" if type(v) is float else str(v) for v in shown)]
+        cells.append(f"{n}{' †' * (n < 3)}" if n else "–")
+        for column in columns:
+            values = row.values(*column.path)
+            cells.append(spread(values, column.digits) if values else "–")
+            if column in printed:
+                cells.append(f"{p[column.printed]:.{column.digits}f}" if column.printed in p else "–")
+            if column.paired:
+                other = warm_start_of(row, rows)
+                differences = paired(row, other, *column.path) if other else []
+                cells.append(with_interval(differences) if differences else "–")
         lines.append(cells)
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
-def figures(title: str, runs: dict, names: dict) -> dict:
-    """Anytime curves and, from the *.metrics.json beside records, reliability diagram and corruption bars."""
+def fits(row: Row, wanted: dict) -> bool:
+    return all(row.config[k] in (v if isinstance(v, list) else [v]) for k, v in wanted.items())
+
+
+def verdict(claim: dict, rows: list[Row]) -> tuple[str, str] | None:
+    """What became of a claim: the differences that it is about, with their intervals, and a word.
+
+    `better` and `than` say which rows are compared; in what they do not say, the two have the same options.
+    Held: each interval excludes zero on the claim's side; not held: one does on the other side. None where
+    there are no such rows.
+    """
+    better, than = claim["better"], claim["than"]
+    free = {key for key in better | than if better.get(key) != than.get(key)}
+    found = []
+    for a, b in product((r for r in rows if fits(r, better)), (r for r in rows if fits(r, than))):
+        if all(a.options[key] == b.options[key] for key in a.options.keys() - free):
+            what = [NAMES[b.method], *(f"{key.replace('_', '-')} {v}" for key, v in b.options.items())]
+            for path in claim["metrics"]:
+                if differences := paired(a, b, *path):
+                    found.append(([*what, str(path[-1])], differences))
+    if not found:
+        return None
+    telling = [len({*words}) > 1 for words in zip(*(what for what, _ in found), strict=True)]
+    texts, words = [], set()
+    for what, differences in found:
+        label = ", ".join(compress(what, telling))
+        texts.append(f"{label}: {with_interval(differences)}" if label else with_interval(differences))
+        low, high = interval(differences) if len(differences) > 2 else (-math.inf, math.inf)
+        low, high = (low, high) if claim["higher"] else (-high, -low)
+        words.add("held" if low > 0 else "not held" if high < 0 else "not decided")
+    return "<br>".join(texts), next(w for w in ("not held", "not decided", "held") if w in words)
+
+
+CLAIMS = (
+    "| The paper's claim | where | tested | difference [95 %] | |\n| :--- | :--- | :--- | :--- | :--- |\n"
+)
+
+
+def report(out: Path, paths: list[Path]) -> str:
+    """Write `out`, a table of runs beside the paper's of its name, and its figure, NAME-DATASET.png."""
     from matplotlib.figure import Figure
 
-    def axes_of(name, what, size):
-        drawn[name] = Figure(figsize=size, layout="constrained")
-        return drawn[name].subplots(subplot_kw={"title": f"{title}: {what}"})
-
-    drawn, measured = {}, {}
-    style = {
-        row: {"marker": "os^vD<>pP*Xhd"[i % 13], "ls": ("-", "--", ":")[i % 3]} for i, row in enumerate(runs)
-    }
-    axes = axes_of("anytime", "error at any time", (6.4, 4.4))
-    for row, records in runs.items():
-        errors = torch.tensor([[100 - m["test"]["accuracy"] for m in r["mega_batches"]] for r in records])
-        seen, mean = range(1, errors.shape[1] + 1), errors.mean(dim=0)
-        (line,) = axes.plot(seen, mean, label=names[row], ms=4, **style[row])
-        if len(records) > 1:
-            low, high = mean - errors.std(dim=0), mean + errors.std(dim=0)
-            axes.fill_between(seen, low, high, alpha=0.12, color=line.get_color())
-        paths = [r["path"].with_suffix(".metrics.json") for r in records]
-        if found := [json.loads(path.read_text()) for path in paths if path.exists()]:
-            measured[row] = found
-    axes.set(xlabel="mega-batches seen", ylabel="test error, %")
-    axes.legend(fontsize=8)
-
-    if measured:
-        axes = axes_of("reliability", "reliability", (5, 5))
-        axes.plot([0, 1], [0, 1], color="grey", lw=1, label="calibrated")
-        for row, found in measured.items():
-            bins = [{k: torch.tensor(v) for k, v in m["reliability"].items()} for m in found]
-            count = sum(b["count"] for b in bins)
-            x, y = (sum(b["count"] * b[k] for b in bins) / count for k in ("confidence", "accuracy"))
-            ece = spread([100 * m["ece"] for m in found], 1)
-            axes.plot(x[count > 0], y[count > 0], label=f"{names[row]}: ECE {ece} %", ms=4, **style[row])
-        axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
-        axes.legend(fontsize=8)
-
-    corrupted = {row: [m for m in found if "corruptions" in m] for row, found in measured.items()}
-    if corrupted := {row: found for row, found in corrupted.items() if found}:
-        axes = axes_of("corruptions", "corruptions, mean of five severities", (12, 4.5))
-        width = 0.8 / len(corrupted)
-        for i, (row, found) in enumerate(corrupted.items()):
-            bars = [
-                statistics.fmean(a for m in found for a in m["corruptions"][name]) for name in CORRUPTIONS
-            ]
-            bars.append(statistics.fmean(m["corruptions"]["mean"] for m in found))
-            x = [place + width * (i - (len(corrupted) - 1) / 2) for place in range(len(bars))]
-            axes.bar(
-                x, bars, width, label=names[row], hatch=("", "///", "...", "xxx")[i % 4], ec="white", lw=0.3
+    name, scale = out.stem, out.resolve().parent.name
+    paper = json.loads((Path(__file__).parent / "results" / "paper.json").read_text())
+    published = paper["tables"].get(name, {"rows": []})["rows"]
+    columns, draw = FIGURES.get(name, (MAIN, None))
+    parts, lines = [], []
+    paths = [p for path in paths for p in (sorted(path.glob("*-*.json")) if path.is_dir() else [path])]
+    paths = [p for p in dict.fromkeys(paths) if not p.name.endswith((".metrics.json", ".corruptions.json"))]
+    if not paths:
+        raise DataError("expected records of runs, METHOD+OPTION=VALUE+…-SEED.json; found none")
+    for dataset in dict.fromkeys(path.resolve().parent.name for path in paths):
+        rows = load_rows([path for path in paths if path.resolve().parent.name == dataset])
+        known = next((n for n in ("cifar100", "cifar10", "restricted-imagenet") if dataset.startswith(n)), "")
+        printed, title = [p for p in published if p["dataset"] == known], TITLES.get(dataset, dataset)
+        measured = [row for row in rows if any(row.values(*column.path) for column in columns)]
+        if not measured:
+            raise DataError(
+                f"{rows[0].records[0]['path']}: expected what evaluate.py metrics writes beside it"
             )
-        axes.set_xticks(range(20), [*CORRUPTIONS, "mean (mCA)"], rotation=40, ha="right", fontsize=8)
-        axes.set(ylabel="accuracy, %", ymargin=0.2)  # room for the legend
-        axes.legend(fontsize=8, ncols=5)
-    return drawn
+        if draw:
+            figure = Figure(layout="constrained")
+            draw(figure, measured, printed, [row for row in rows if row not in measured])
+            figure.suptitle(f"{headline(name)} ({scale}, {title})", fontsize=9)
+            save = partial(figure.savefig, format="png", dpi=130)
+            lure.write(out.with_name(f"{name}-{dataset}.png"), save)
+        parts.append(f"{caption(title, measured)}\n\n{table(measured, columns, printed)}")
+        for claim in paper["claims"]:
+            if claim["table"] == name and (result := verdict(claim, rows)):
+                cells = [claim["claim"], headline(name).split(":")[0], f"{scale}, {title}", *result]
+                lines.append(f"| {' | '.join(cells)} |\n")
+    text = "\n".join(parts) + (f"\n{CLAIMS}{''.join(lines)}" if lines else "")
+    lure.write(out, lambda path: path.write_text(text))
+    return text
+
+
+def headline(name: str) -> str:
+    return f"{re.sub(r'(?<=e)(?=[0-9])', ' ', name).capitalize()}: {SUBJECTS.get(name, 'runs')}"
+
+
+def caption(title: str, rows: list[Row]) -> str:
+    records = [record for row in rows for record in row.records]
+    config, data = records[0]["config"], records[0]["data"]
+    words = {
+        "arch": config["arch"],
+        "mega_batches": f"{config['mega_batches']} mega-batches",
+        "epochs": f"{config['epochs']} epochs each",
+        "replay": f"replay {config['replay']}",
+    }
+    words = [text for key, text in words.items() if key not in rows[0].options]
+    sizes = sorted({(r["data"]["train"], r["data"]["test"]) for r in records})
+    words += [f"{' or '.join(str(n) for n, _ in sizes)} training and {data['test']} test images"]
+    machines = sorted({f"{r['device']}, {r['precision']}, torch {r['versions']['torch']}" for r in records})
+    return (
+        f"{title}: {', '.join(words)}; {'; '.join(machines)}. Mean ± sample standard deviation over seeds "
+        "(† fewer than three); differences seed by seed, with the 95 % t interval of their mean."
+    )
+
+
+# ------------------------------------------------------------ Figures
+# Each draws the rows that were measured, given the numbers that the paper prints and the other rows.
+def draw_line(axes, x, samples: list[list[float]], i: int, **look) -> None:
+    """Mean and standard deviation of the samples against x; colour, marker and line are the i-th."""
+    look = {
+        "color": f"C{i % 10}",
+        "marker": "os^vD<>pP*Xhd"[i % 13],
+        "ls": ("-", "--", ":", "-.")[i % 4],
+    } | look
+    means, errors = zip(*(mean_and_error(s) for s in samples), strict=True)
+    axes.errorbar(x, means, errors, ms=4, lw=1.2, capsize=2, **look)
+    axes.legend(fontsize=7)
+
+
+def mean_and_error(values: list[float]) -> tuple[float, float]:
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def by_method(rows: list[Row]) -> dict[str, list[Row]]:
+    return {
+        method: [r for r in rows if r.method == method] for method in dict.fromkeys(r.method for r in rows)
+    }
+
+
+def anytime(figure, rows, published, others):
+    axes = figure.subplots()
+    axes.set(xlabel="mega-batches seen", ylabel="test accuracy, %")
+    for i, row in enumerate(rows):
+        seen = range(len(row.records[0]["mega_batches"]))
+        samples = [row.values("mega_batches", j, "test", "accuracy") for j in seen]
+        draw_line(axes, [j + 1 for j in seen], samples, i, label=row.label)
+
+
+def corruption_bars(figure, rows, published, others):
+    figure.set_size_inches(13, 4.5)
+    axes, width = figure.subplots(), 0.8 / len(rows)
+    for i, row in enumerate(rows):
+        samples = [[statistics.fmean(s) for s in row.values("corruptions", name)] for name in CORRUPTIONS]
+        samples.append(row.values("corruptions", "mean"))
+        means, errors = zip(*(mean_and_error(s) for s in samples), strict=True)
+        x = [place + width * (i - (len(rows) - 1) / 2) for place in range(20)]
+        look = {"color": f"C{i}", "hatch": ("", "///", "...", "xxx", "\\\\\\", "|||", "---", "ooo")[i % 8]}
+        axes.bar(
+            x, means, width, yerr=errors, label=row.label, error_kw={"lw": 0.6}, ec="white", lw=0.3, **look
+        )
+        if printed := [p["mca"] for p in published if is_of(row, p)]:
+            axes.plot(x[-1], printed[0], "k*", label="printed in the paper" if i == 0 else None)
+    axes.set_xticks(range(20), [*CORRUPTIONS, "mean (mCA)"], rotation=40, ha="right", fontsize=8)
+    axes.set(ylabel="accuracy, %", ymargin=0.25)  # room for the legend
+    axes.legend(fontsize=8, ncols=5)
+
+
+def attack_and_noise(figure, rows, published, others):
+    figure.set_size_inches(10, 4)
+    left, right = figure.subplots(1, 2, sharey=True)
+    left.set(xlabel="PGD-10: radius ε, in 1/255", ylabel="test accuracy, %")
+    right.set(xlabel="label noise: probability that a label is redrawn")
+    order = [*METHODS]
+    for row in rows:
+        attacks = [*row.records[0]["pgd"]]
+        samples = [row.values("totals", "test_accuracy"), *(row.values("pgd", e) for e in attacks)]
+        x = [0, *(float(e.split("/")[0]) for e in attacks)]
+        draw_line(left, x, samples, order.index(row.method), label=NAMES[row.method])
+    for method, group in by_method(others).items():
+        x = [row.config["label_noise"] for row in group]
+        samples = [row.values("totals", "test_accuracy") for row in group]
+        draw_line(right, x, samples, order.index(method), label=NAMES[method])
+        if printed := [(p["label_noise"], [p["test_acc"]]) for p in published if p["method"] == method]:
+            look = {"mfc": "none", "ls": "", "label": f"{NAMES[method]}, printed in the paper"}
+            draw_line(right, *zip(*printed, strict=True), order.index(method), **look)
+
+
+def reliability(figure, rows, published, others):
+    figure.set_size_inches(10, 4.5)
+    left, right = figure.subplots(1, 2)
+    left.plot([0, 1], [0, 1], color="0.6", lw=1, label="calibrated")
+    left.set(xlabel="confidence", ylabel="accuracy, all seeds together", xlim=(0, 1), ylim=(0, 1))
+    for i, row in enumerate(rows):
+        bins = [{k: torch.tensor(v) for k, v in b.items()} for b in row.values("reliability")]
+        count = sum(b["count"] for b in bins)
+        x, y = (sum(b["count"] * b[k] for b in bins) / count for k in ("confidence", "accuracy"))
+        draw_line(left, x[count > 0], [[v] for v in y[count > 0].tolist()], i, label=row.label)
+        mean, error = mean_and_error(row.values("ece"))
+        right.bar(i, mean, yerr=error, capsize=3, color="0.75", ec="black")
+    right.set_xticks(range(len(rows)), [row.label for row in rows], rotation=30, ha="right")
+    right.set_ylabel("expected calibration error, %")
+
+
+def weight_noise(figure, rows, published, others):
+    axes = figure.subplots()
+    axes.set(xlabel="σ of the Gaussian noise on every weight", ylabel="training accuracy, %")
+    for i, row in enumerate(rows):
+        sigmas = [*row.records[0]["weight_noise"]]
+        samples = [row.values("weight_noise", sigma) for sigma in sigmas]
+        draw_line(axes, [float(sigma) for sigma in sigmas], samples, i, label=row.label)
+
+
+def rates(figure, rows, published, others):
+    """A panel per method: test accuracy by learning rate and weight decay, the darker the higher."""
+    groups = by_method(rows)
+    lrs, decays = (sorted({row.config[key] for row in rows}) for key in ("lr", "weight_decay"))
+    means = [statistics.fmean(row.values("totals", "test_accuracy")) for row in rows]
+    figure.set_size_inches(2 + 1.4 * len(lrs) * len(groups), 1.5 + 0.9 * len(decays))
+    panels = figure.subplots(1, len(groups), squeeze=False, sharey=True)[0]
+    for (method, group), axes in zip(groups.items(), panels, strict=True):
+        grid = torch.full((len(decays), len(lrs)), float("nan"))
+        for row in group:
+            i, j = decays.index(row.config["weight_decay"]), lrs.index(row.config["lr"])
+            values = row.values("totals", "test_accuracy")
+            grid[i, j] = statistics.fmean(values)
+            printed = [f"\n(paper: {p['test_acc']})" for p in published if is_of(row, p)]
+            color = "white" if grid[i, j] > (min(means) + max(means)) / 2 else "black"
+            text = spread(values, 1) + "".join(printed)
+            axes.text(j, i, text, ha="center", va="center", fontsize=8, color=color)
+        axes.imshow(grid.numpy(), cmap="Greys", vmin=min(means), vmax=max(means), aspect="auto")
+        axes.set(title=NAMES[method], xlabel="learning rate")
+        axes.set_xticks(range(len(lrs)), [f"{lr:g}" for lr in lrs])
+        axes.set_yticks(range(len(decays)), [f"{decay:g}" for decay in decays])
+    panels[0].set_ylabel("weight decay; in the cells: test accuracy, %")
+
+
+def cost(figure, rows, published, others):
+    figure.set_size_inches(10, 4)
+    keys = {"test_accuracy": "test accuracy, %", "cer": "cumulative error (CER), images"}
+    for axes, (key, label) in zip(figure.subplots(1, 2), keys.items(), strict=True):
+        axes.set(xlabel="image passes", ylabel=label, xscale="log")
+        for i, (method, group) in enumerate(by_method(rows).items()):
+            x = [row.records[0]["totals"]["image_passes"] for row in group]
+            draw_line(axes, x, [row.values("totals", key) for row in group], i, label=NAMES[method])
+
+
+EPSILONS, SIGMAS = (1, 2, 4, 8), (0, 0.01, 0.02, 0.03, 0.04, 0.05)
+ATTACKS = [Column(f"At ε = {e}/255, %", ("pgd", f"{e}/255"), paired=e == 2) for e in EPSILONS]
+NOISES = [Column(f"At σ = {s}, %", ("weight_noise", f"{s}"), paired=s == 0.05) for s in SIGMAS]
+FIGURES = {  # its columns, and how it is drawn
+    "demo": (MAIN, anytime),
+    "table1": (MAIN, anytime),
+    "figure2": ([Column("mCA, %", ("corruptions", "mean"), printed="mca", paired=True)], corruption_bars),
+    "figure3": (ATTACKS, attack_and_noise),
+    "figure4": ([Column("ECE, %", ("ece",), paired=True)], reliability),
+    "figure5": (NOISES, weight_noise),
+    "figure6": (MAIN, rates),
+    "cost": (MAIN, cost),
+}
+
+
+INTRODUCTION = """# Results
+
+Written by `make overview` from the reports in `paper`, `small` and `precision`, as far as they have been
+measured; the speed of the loop is in [`bench`](bench). Every run is a file, `SCALE/DATASET/ROW-SEED.json`.
+
+## The paper's claims
+
+Held: every 95 % t interval of the differences, over at least three seeds, lies on the claim's side of zero;
+not held: one lies on the other side. What is tested at the small scale says what happens there, and refutes
+nothing beyond it.
+"""
+
+
+def overview(folder: Path) -> str:
+    """Write folder/README.md: the claims, then all reports, from its subfolders, one for each scale."""
+    parts, claims = [], []
+    for scale in ("paper", "small", "precision"):
+        for name in SUBJECTS:
+            path = folder / scale / f"{name}.md"
+            if path.exists():
+                tables, _, lines = path.read_text().partition(CLAIMS)
+                claims.append(lines)
+                images = sorted(path.parent.glob(f"{name}-*.png"))
+                shown = "".join(f"![{headline(name)}]({scale}/{i.name})\n\n" for i in images)
+                parts.append(f"## {headline(name)} ({scale})\n\n{shown}{tables.rstrip()}\n")
+    text = f"{INTRODUCTION}\n{CLAIMS}{''.join(claims)}\n" + "\n".join(parts)
+    lure.write(folder / "README.md", lambda path: path.write_text(text))
+    return text
 
 
 # ------------------------------------------------------------ Command line
@@ -371,25 +691,28 @@ def main(argv=None) -> int:
     """The command line; its status is that of `lure.main`."""
     parser = lure.Parser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(required=True)
-    command = commands.add_parser("report", help="table and figures of folders of runs")
-    command.add_argument("paths", nargs="+", type=Path, metavar="FOLDER")
-    command.set_defaults(run=lambda path, args: print(f"{report(path)}\n{path}: table.md, anytime.png"))
+    command = commands.add_parser("report", help="a table or figure of runs, beside the paper's")
+    command.add_argument("paths", nargs="+", type=Path, metavar="RECORD", help="or a folder of them")
+    out = "file to write, table.md by default; its name, as in table9.md, says what it is beside"
+    command.add_argument("--out", type=Path, help=out, default=Path("table.md"))
+    command.set_defaults(call=lambda args: print(report(args.out, args.paths), args.out, sep="\n"))
+    command = commands.add_parser("overview", help="README.md of a folder of reports")
+    command.add_argument("folder", type=Path)
+    command.set_defaults(call=lambda args: overview(args.folder))
     command = commands.add_parser(
         "metrics", help="calibration, attack, weight noise, corruptions of checkpoints"
     )
     command.add_argument("paths", nargs="+", type=Path, metavar="CHECKPOINT")
-    command.add_argument("--corruptions", type=Path, help="folder of CIFAR-10-C")
-    command.add_argument(
-        "--epsilons", nargs="*", type=float, default=[1, 2, 4, 8], help="of PGD-10, in 1/255"
-    )
-    command.add_argument("--sigmas", nargs="*", type=float, default=[0, 0.01, 0.02, 0.03, 0.04, 0.05])
+    command.add_argument("--corruptions", type=Path, help="folder of CIFAR-10-C: measure these instead")
+    command.add_argument("--epsilons", nargs="*", type=float, default=EPSILONS, help="of PGD-10, in 1/255")
+    command.add_argument("--sigmas", nargs="*", type=float, default=SIGMAS)
     command.add_argument("--data", help="folder of the data set, if it has moved")
     command.add_argument("--cache", default=".cache", help="folder for decoded images")
     command.add_argument("--device", default="auto")
-    command.set_defaults(run=lambda path, args: print(path, summary(metrics(path, args))))
+    command.set_defaults(call=lambda args: [print(p, summary(metrics(p, args))) for p in args.paths])
     args = parser.parse_args(argv)
     args.argv = sys.argv[1:] if argv is None else argv
-    return lure.guarded(parser.prog, lambda: [args.run(path, args) for path in args.paths])
+    return lure.guarded(parser.prog, lambda: args.call(args))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from torch import nn
 
 import baselines
@@ -201,93 +202,250 @@ def test_weight_noise_puts_the_model_back_when_it_fails():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Two methods of two seeds, and a variant, with their checkpoints."""
+    """Two methods of two seeds, one of them with another option too, with their checkpoints."""
     folder = tmp_path_factory.mktemp("runs") / "digits"
-    gamma = ("warm-start-gamma1", "warm-start", ["--gamma", "1"])
-    for name, method, more in (("lure", "lure", []), ("warm-start", "warm-start", []), gamma):
+    for row in ("lure", "warm-start", "warm-start+gamma=1"):
+        method, *more = row.replace("+", " --").replace("=", " ").split()
         for seed in ("1", "2"):
-            files = ["--out", f"{folder}/{name}-{seed}.json", "--checkpoint", f"{folder}/{name}-{seed}.pt"]
+            files = ["--out", f"{folder}/{row}-{seed}.json", "--checkpoint", f"{folder}/{row}-{seed}.pt"]
             assert baselines.main([*SMALL, "--method", method, "--seed", seed, *more, *files]) == 0
     return folder
 
 
 def copy(folder, tmp_path, name="digits"):
-    (tmp_path / name).mkdir()
-    for path in folder.glob("*.json"):
-        if ".metrics." not in path.name:
-            (tmp_path / name / path.name).write_bytes(path.read_bytes())
+    (tmp_path / name).mkdir(parents=True)
+    for path in folder.glob("*-?.json"):
+        (tmp_path / name / path.name).write_bytes(path.read_bytes())
     return tmp_path / name
 
 
-def test_report_of_a_folder(folder, tmp_path, capsys):
-    runs = copy(folder, tmp_path)
-    assert evaluate.main(["report", str(runs)]) == 0
+def change(path, name=None, totals=None, **options):
+    """Change a record's options and totals; under another name, beside it."""
+    record = json.loads(path.read_text())
+    record["config"] |= options
+    record["totals"] |= totals or {}
+    (path.with_name(name) if name else path).write_text(json.dumps(record))
+
+
+def rows_of(text):
+    """The cells of a report's table; its claims are left out."""
+    lines = [line for line in text.split(evaluate.CLAIMS)[0].splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+
+
+def test_report_of_runs(folder, tmp_path, capsys):
+    runs, out = copy(folder, tmp_path), tmp_path / "demo.md"
+    names = [f"{row}-{seed}.json" for seed in "12" for row in ("warm-start", "warm-start+gamma=1", "lure")]
+    assert evaluate.main(["report", "--out", str(out), *(str(runs / name) for name in names)]) == 0
     text = capsys.readouterr().out
-    rows = [
-        [cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")
+    head, _, *rows = rows_of(text)
+    assert head[:4] == ["Method", "gamma", "Seeds", "Test accuracy, %"] and "paper" not in head
+    assert [row[:3] for row in rows] == [
+        ["Warm start", "0.1", "2 †"],
+        ["Warm start", "1", "2 †"],
+        ["LURE", "0.1", "2 †"],
     ]
-    assert [row[0] for row in rows[2:]] == ["Warm start", "Warm start, gamma 1.0", "LURE"]
     totals = {p.stem: json.loads(p.read_text())["totals"] for p in runs.glob("*.json")}
     a, b = totals["lure-1"]["test_accuracy"], totals["lure-2"]["test_accuracy"]
-    assert rows[4][1:4:1] == ["2", f"{(a + b) / 2:.2f} ± {abs(a - b) / 2**0.5:.2f}", rows[4][3]]
-    assert rows[4][3].startswith(f"{(totals['lure-1']['cer'] + totals['lure-2']['cer']) / 2:.0f} ± ")
-    differences = [
-        totals[f"lure-{s}"]["test_accuracy"] - totals[f"warm-start-{s}"]["test_accuracy"] for s in (1, 2)
-    ]
-    assert rows[4][6].startswith(f"{sum(differences) / 2:+.2f} ± ")
-    assert f"{(runs / 'table.md').read_text()}\n{runs}: table.md, anytime.png\n" == text
-    assert (runs / "anytime.png").read_bytes().startswith(b"\x89PNG")
-    assert not (runs / "reliability.png").exists()
+    assert rows[2][3] == f"{(a + b) / 2:.2f} ± {abs(a - b) / 2**0.5:.2f}"
+    c, d = totals["warm-start-1"]["test_accuracy"], totals["warm-start-2"]["test_accuracy"]
+    mean, half = ((a - c) + (b - d)) / 2, 12.7062 * abs((a - c) - (b - d)) / 2  # t of one degree of freedom
+    shown = [float(x) for x in rows[2][4].replace("[", "").replace("]", "").replace(",", "").split()]
+    assert shown == pytest.approx([mean, mean - half, mean + half], abs=0.01)
+    assert [row[4] == "–" for row in rows] == [True, False, False]  # warm start itself has no difference
+    assert rows[2][5].startswith(f"{(totals['lure-1']['cer'] + totals['lure-2']['cer']) / 2:.0f} ± ")
+    assert f"{out.read_text()}\n{out}\n" == text
+    assert (tmp_path / "demo-digits.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_report_of_a_folder_takes_all_its_runs(folder, tmp_path):
+    runs = copy(folder, tmp_path)
+    (runs / "lure-1.metrics.json").write_text("{}")
+    assert len(rows_of(evaluate.report(tmp_path / "table.md", [runs]))) == 2 + 3
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["digits", "table.md"]  # no figure goes with it
 
 
 def test_report_stands_beside_the_paper(folder, tmp_path):
-    runs = copy(folder, tmp_path, "cifar10-like")
-    assert "paper" not in evaluate.report(runs)  # a stream of two mega-batches is not in the paper
-    for path in runs.glob("*.json"):
+    runs = copy(folder, tmp_path, "small/cifar10-like")
+    files, out = sorted(runs.glob("*.json")), tmp_path / "small" / "table1.md"
+    printed = [row[0] for row in rows_of(evaluate.report(out, files)) if row[2] == "–"]
+    assert printed == ["Warm start", "LLF", "S&P", "LURE"]  # ours, of two mega-batches, are not in the paper
+    for path in files:
         change(path, mega_batches=8)
-    text = evaluate.report(runs)
-    row = next(line for line in text.splitlines() if line.startswith("| LURE"))
-    cells = [cell.strip() for cell in row.split("|")[1:-1]]
-    mean = float(cells[2].split()[0])
-    assert cells[3] == "93.32" and float(cells[4]) == pytest.approx(mean - 93.32, abs=0.011)
-    assert cells[6:8] == ["9622", "–"]  # a count over another number of test images
+    head, _, *rows = rows_of(evaluate.report(out, [runs / "warm-start-1.json", *files]))
+    where = [i for i, title in enumerate(head) if title == "paper"]
+    by_name = {(row[0], row[1]): [row[i] for i in where] for row in rows}
+    assert by_name["LURE", "0.1"] == ["93.32", "9622", "6.60"]
+    assert by_name["Warm start", "0.1"] == ["89.47", "11760", "8.98"]
+    assert by_name["Warm start", "1"] == ["–", "–", "–"]  # a number of the paper's stands there once
+    assert by_name["LLF", "–"] == ["91.43", "10103", "7.22"]
+    assert "| small, cifar10-like |" in out.read_text() and "| not decided |" in out.read_text()
 
 
-def change(path, **options):
-    record = json.loads(path.read_text())
-    record["config"] |= options
-    path.write_text(json.dumps(record))
+@pytest.mark.parametrize(
+    "name, rows",
+    [
+        ("figure6", ["warm-start", "warm-start+lr=0.5", "lure", "lure+lr=0.5+weight-decay=0.01"]),
+        ("cost", ["warm-start", "warm-start+epochs=5", "lure", "lure+epochs=5"]),
+        ("where-from", ["warm-start+select=best-val", "lure+keep-momentum"]),
+    ],
+)
+def test_reports_whose_rows_differ_by_options(folder, tmp_path, name, rows):
+    runs = copy(folder, tmp_path)
+    for row in rows:
+        method, *pairs = row.split("+")
+        options = {k.replace("-", "_"): v for k, _, v in (pair.partition("=") for pair in pairs)}
+        options = {k: v if k == "select" else float(v or True) for k, v in options.items()}
+        for seed in (1, 2):
+            change(runs / f"{method}-{seed}.json", f"{row}-{seed}.json", **options)
+    files = [runs / f"{row}-{seed}.json" for row in rows for seed in (1, 2)]
+    found = rows_of(evaluate.report(tmp_path / f"{name}.md", files))[2:]
+    assert len(found) == len(rows) and (tmp_path / f"{name}-digits.png").exists() == (
+        name in evaluate.FIGURES
+    )
+
+
+def test_figures_of_what_metrics_measured(folder, tmp_path, capsys):
+    runs = copy(folder, tmp_path, "digits")
+    files = [runs / f"{method}-{seed}.json" for method in ("warm-start", "lure") for seed in (1, 2)]
+    names = ("figure2", "figure3", "figure4", "figure5")
+    for name in names:
+        assert evaluate.main(["report", "--out", f"{tmp_path}/{name}.md", *map(str, files)]) == 1
+        error = capsys.readouterr().err
+        assert (
+            "warm-start-1.json: expected what evaluate.py metrics writes" in error and error.count("\n") == 1
+        )
+    for path in files:
+        checkpoint = path.with_suffix(".pt")
+        checkpoint.write_bytes((folder / checkpoint.name).read_bytes())
+        assert evaluate.main(["metrics", str(checkpoint)]) == 0
+        gray = {name: [30.0 + int(path.stem[-1])] * 5 for name in evaluate.CORRUPTIONS} | {"mean": 31.0}
+        path.with_suffix(".corruptions.json").write_text(json.dumps({"corruptions": gray}))
+    for row in ("lure", "lure+label-noise=0.2"):  # the other half of figure 3
+        change(runs / "lure-1.json", f"{row}-3.json", seed=3, label_noise=0.2 if "noise" in row else 0.0)
+    more = [runs / "lure+label-noise=0.2-3.json"]
+    for name in names:
+        text = evaluate.report(tmp_path / f"{name}.md", files + more * (name == "figure3"))
+        assert [row[0] for row in rows_of(text)][2:4] == ["Warm start", "LURE"]
+        assert (tmp_path / f"{name}-digits.png").stat().st_size > 10_000
+        assert "| The paper's claim |" in text
 
 
 def test_report_refuses_what_cannot_be_compared(folder, tmp_path, capsys):
     def refused(name, *words):
-        assert evaluate.main(["report", str(tmp_path / name)]) == 1
+        out = tmp_path / name / "table.md"
+        assert evaluate.main(["report", "--out", str(out), str(tmp_path / name)]) == 1
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and all(word in error for word in words), error
-        assert not (tmp_path / name / "table.md").exists()
+        assert not out.exists()
 
     change(copy(folder, tmp_path, "a") / "lure-2.json", epochs=7)
-    refused("a", "lure-2.json", "epochs is 7, 1 in")
-    for seed in (1, 2):
-        path = copy(folder, tmp_path, f"b{seed}") / f"lure-{seed}.json"
-        change(path, lr=0.5)
-        refused(f"b{seed}", "lr is", "0.5")
-    change(copy(folder, tmp_path, "c") / "warm-start-gamma1-2.json", gamma=0.5)
-    refused("c", "warm-start-gamma1-2.json", "gamma is 0.5, 1.0 in")
-    path = copy(folder, tmp_path, "d") / "warm-start-gamma1-1.json"
+    refused("a", "cannot be compared: epochs is", "7")
+    change(copy(folder, tmp_path, "c") / "warm-start+gamma=1-2.json", gamma=0.5)
+    refused("c", "warm-start+gamma=1-2.json", "it is of gamma 0.5")
+    path = copy(folder, tmp_path, "d") / "warm-start+gamma=1-1.json"
     record = json.loads(path.read_text())
     path.write_text(json.dumps(record | {"data": record["data"] | {"sha256": "0"}}))
     refused("d", "data is")
     path = copy(folder, tmp_path, "h") / "lure-2.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"precision": "float16"}))
-    refused("h", "lure-2.json", "precision is float16")
+    refused("h", "precision is", "float16")
     (copy(folder, tmp_path, "e") / "lure-3.json").write_text("{")
-    refused("e", "lure-3.json: expected the record of a run")
+    refused("e", "lure-3.json: expected the record of the run")
     path = copy(folder, tmp_path, "f") / "lure-1.json"
     path.rename(path.with_name("sp-1.json"))
-    refused("f", "sp-1.json", "lure")
+    refused("f", "sp-1.json", "it is of method lure")
+    path = copy(folder, tmp_path, "i") / "lure-1.json"
+    path.rename(path.with_name("lure-7.json"))
+    refused("i", "lure-7.json", "it is of seed 1")
+    (copy(folder, tmp_path, "k") / "lure-1.metrics.json").write_text("{")
+    refused("k", "lure-1.metrics.json: expected")
     (tmp_path / "g").mkdir()
-    refused("g", "found none")
+    refused("g", "expected records of runs")
+
+
+def row(method, accuracies, **options):
+    """A row of a table with these accuracies, of seeds 1, 2, 3 and so on."""
+    records = [
+        {"config": {"method": method, "seed": i, **options}, "totals": {"test_accuracy": a, "cer": 10 * a}}
+        for i, a in enumerate(accuracies, start=1)
+    ]
+    return evaluate.Row(method, options, options, records)
+
+
+ACCURACY = {"metrics": [["totals", "test_accuracy"]], "higher": True}
+LURE, WARM = {"method": "lure"}, {"method": "warm-start"}
+
+
+@pytest.mark.parametrize(
+    "lure_, higher, word",
+    [
+        ([51, 52.1, 53.2], True, "held"),
+        ([51, 52.1, 53.2], False, "not held"),
+        ([49, 50.1, 51.2], True, "not held"),
+        ([51, 52, 50], True, "not decided"),
+        ([51, 52.1], True, "not decided"),  # of two seeds only
+        ([51], True, "not decided"),
+    ],
+)
+def test_a_claim_is_decided_by_its_interval_alone(lure_, higher, word):
+    rows = [row("warm-start", [50, 51, 52]), row("lure", lure_)]
+    claim = ACCURACY | {"better": LURE, "than": WARM, "higher": higher}
+    assert evaluate.verdict(claim, rows)[1] == word
+
+
+def test_a_claim_of_several_rows_compares_what_belongs_together():
+    rows = [row("warm-start", [50, 50, 50], t=10), row("lure", [52, 52, 52.1], t=10)]
+    rows += [row("warm-start", [60, 60, 60], t=20), row("lure", [61, 61, 61.1], t=20)]
+    claim = ACCURACY | {"better": LURE, "than": WARM}
+    text, word = evaluate.verdict(claim, rows)
+    assert word == "held" and text == "t 10: +2.03 [+1.89, +2.18]<br>t 20: +1.03 [+0.89, +1.18]"
+    rows[-1] = row("lure", [60, 61, 59], t=20)
+    assert evaluate.verdict(claim, rows)[1] == "not decided"
+    rows[-1] = row("lure", [55, 55.1, 55], t=20)
+    assert evaluate.verdict(claim, rows)[1] == "not held"
+    only = claim | {"better": LURE | {"t": [10]}, "than": WARM | {"t": [10]}}
+    assert evaluate.verdict(only, rows)[0] == "+2.03 [+1.89, +2.18]"
+    best = ACCURACY | {"better": LURE | {"t": 10}, "than": LURE | {"t": [20]}}  # as that of Table 7
+    assert evaluate.verdict(best, rows)[0].startswith("-3.0")
+    assert evaluate.verdict(claim | {"than": {"method": "sp"}}, rows) is None
+
+
+def test_what_warm_start_a_row_is_compared_with():
+    plain, noisy = row("warm-start", [50]), row("warm-start", [40], label_noise=0.2)
+    rows = [plain, noisy, row("lure", [41], label_noise=0.2, keep=0.9), row("lure", [52], keep=0.9)]
+    found = [evaluate.warm_start_of(r, rows) for r in rows]
+    assert found[0] is None and found[1] is plain and found[2] is noisy and found[3] is plain
+
+
+@given(st.lists(st.floats(-100, 100), min_size=2, max_size=12))
+def test_the_interval_is_students(values):
+    low, high = evaluate.interval(values)
+    n, mean = len(values), sum(values) / len(values)
+    deviation = (sum((v - mean) ** 2 for v in values) / (n - 1)) ** 0.5
+    quantile = [12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281, 2.2010][
+        n - 2
+    ]
+    assert (low + high) / 2 == pytest.approx(mean, abs=1e-9)
+    assert (high - low) / 2 == pytest.approx(quantile * deviation / n**0.5, rel=1e-4, abs=1e-9)
+
+
+def test_overview_has_every_report_that_is_there(folder, tmp_path):
+    runs = copy(folder, tmp_path / "small", "cifar10")
+    for path in runs.glob("*.json"):
+        change(path, mega_batches=8)
+    for name in ("table8", "table1"):
+        evaluate.report(tmp_path / "small" / f"{name}.md", [runs / "lure-1.json", runs / "warm-start-1.json"])
+    assert evaluate.main(["overview", str(tmp_path)]) == 0
+    text = (tmp_path / "README.md").read_text()
+    assert (
+        text.index("The paper's claims")
+        < text.index("## Table 1: full replay (small)")
+        < text.index("## Table 8")
+    )
+    assert text.count("CIFAR-10: small, 8 mega-batches") == 2 and text.count(evaluate.CLAIMS) == 1
+    assert "full replay: LURE is more accurate" in text.split("## Table 1")[0]
+    assert "](small/table1-cifar10.png)" in text
 
 
 def test_metrics_of_a_checkpoint(folder, tmp_path, capsys):
@@ -312,15 +470,22 @@ def test_metrics_of_a_checkpoint(folder, tmp_path, capsys):
     assert "accuracy" in capsys.readouterr().out
 
 
-def test_report_draws_what_metrics_measured(folder, tmp_path):
-    runs = copy(folder, tmp_path)
-    bins = {"count": [3.0, 5.0], "accuracy": [0.3, 0.8], "confidence": [0.4, 0.9]}
-    corruptions = {name: [50.0] * 5 for name in evaluate.CORRUPTIONS} | {"mean": 50.0}
-    for name in ("lure-1", "warm-start-2"):
-        measured = {"reliability": bins, "ece": 0.1, "corruptions": corruptions}
-        (runs / f"{name}.metrics.json").write_text(json.dumps(measured))
-    evaluate.report(runs)
-    assert {p.name for p in runs.glob("*.png")} == {"anytime.png", "reliability.png", "corruptions.png"}
+def test_metrics_of_corruptions_stand_in_a_file_of_their_own(tmp_path):
+    for split in ("train", "test"):
+        for i in range(40):
+            path = tmp_path / "photos" / split / "ab"[i % 2] / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (i, 6 * i, 250 - i)).save(path)
+    photos = ["--dataset", "folder", "--data", str(tmp_path / "photos"), "--cache", str(tmp_path / "cache")]
+    size = ["--arch", "small", "--image-size", "8", "--mega-batches", "1", "--epochs", "1"]
+    assert lure.main([*photos, *size, "--checkpoint", str(tmp_path / "lure-1.pt")]) == 0
+    words = ["--corruptions", str(corrupted(tmp_path / "c")), *photos[4:]]
+    assert evaluate.main(["metrics", str(tmp_path / "lure-1.pt"), *words]) == 0
+    assert not (tmp_path / "lure-1.metrics.json").exists()
+    found = json.loads((tmp_path / "lure-1.corruptions.json").read_text())
+    model, _ = evaluate.load_checkpoint(tmp_path / "lure-1.pt", torch.device("cpu"))
+    assert found["corruptions"] == evaluate.corruption_accuracy(model, tmp_path / "c")
+    assert found["config"]["data"] == str(tmp_path / "photos") and found["data"]["test"] == 40
 
 
 def test_metrics_refuse_data_of_other_classes(tmp_path, capsys):
@@ -339,10 +504,13 @@ def test_metrics_refuse_data_of_other_classes(tmp_path, capsys):
 
 def test_a_methods_own_settings_are_in_its_name(tmp_path):
     out = tmp_path / "digits"
-    for name, more in (("warm-start", []), ("sp-noisy", ["--set", "noise=0.1"])):
-        options = ["--method", name.removesuffix("-noisy"), *more, "--out", f"{out}/{name}-1.json"]
+    for name, more in (("warm-start", []), ("sp+set=noise=0.1", ["--set", "noise=0.1"])):
+        options = ["--method", name.split("+")[0], *more, "--out", f"{out}/{name}-1.json"]
         assert baselines.main([*SMALL, *options]) == 0
-    assert "| S&P, noise 0.1 |" in evaluate.report(out)
+    assert "| S&P | ['noise=0.1'] |" in evaluate.report(tmp_path / "table.md", [out])
+    (out / "sp+set=noise=0.1-1.json").rename(out / "sp-1.json")
+    with pytest.raises(lure.DataError, match="set is"):
+        evaluate.report(tmp_path / "table.md", [out])
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", None])

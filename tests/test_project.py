@@ -182,15 +182,22 @@ def make(folder, *words):
     return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)
 
 
+TARGETS = [f"reproduce-table{i}" for i in range(1, 10)] + [f"reproduce-figure{i}" for i in range(2, 7)]
+TARGETS += ["where-from", "cost", "precision"]
+
+
+def planned(folder, *words):
+    """The commands of the runs that make would start, by file, in order; and all that it prints."""
+    done = make(folder, "-n", *words)
+    assert done.returncode == 0, done.stderr
+    text = done.stdout.replace("\\\n", " ")
+    lines = [line for line in text.splitlines() if "baselines.py" in line]
+    return {re.search(r"--out (\S+)", line)[1]: " ".join(line.split()) for line in lines}, text
+
+
 def test_make_lists_its_targets(checkout):
-    listed = make(checkout).stdout
-    assert {line.split()[1] for line in listed.splitlines()} >= {
-        "demo",
-        "test",
-        "lint",
-        "table1-small",
-        "reproduce-table1",
-    }
+    listed = {line.split()[1] for line in make(checkout).stdout.splitlines()}
+    assert listed >= {"demo", "test", "lint", "bench", "reproduce", "overview", *TARGETS}
     assert not (checkout / ".venv").exists()
 
 
@@ -201,13 +208,13 @@ def test_make_demo_at_a_reduced_size(checkout):
     assert done.returncode == 0, done.stderr
     rows = [line.split("|")[1].strip() for line in done.stdout.splitlines() if line.startswith("|")]
     assert rows[2:] == ["Warm start", "LURE", "FIRE"] and "img/s" not in done.stdout
-    assert (checkout / "demo" / "digits" / "anytime.png").stat().st_size > 10_000
+    assert (checkout / "demo" / "demo-digits.png").stat().st_size > 10_000
     assert not (checkout / ".venv").exists()
 
 
 def test_make_runs_what_is_missing_and_nothing_else(checkout):
-    words = ["runs", "OUT=out", "DATASETS=digits", "METHODS=warm-start sp", "SEEDS=1 2"]
-    words.append(f"BASE={' '.join(TINY[2:])}")
+    words = ["runs", "TABLES=demo", "OUT=out", "DATASETS=digits", "METHODS=warm-start sp", "SEEDS=1 2"]
+    words.append(f"ARGS={' '.join(TINY[2:])}")
     assert make(checkout, *words, "-j2").returncode == 0
     files = sorted((checkout / "out" / "digits").glob("*-?.json"))
     assert [f.name for f in files] == ["sp-1.json", "sp-2.json", "warm-start-1.json", "warm-start-2.json"]
@@ -217,32 +224,99 @@ def test_make_runs_what_is_missing_and_nothing_else(checkout):
     assert [f for f in files if f.stat().st_mtime_ns != times[f]] == [files[2]]
 
 
-def test_make_names_the_runs_of_table_1(checkout):
-    planned = make(checkout, "-n", "-j2", "reproduce-table1", "IMAGENET=/imagenet").stdout
-    runs = re.findall(r"--out (\S+)", planned)
-    assert len(runs) == len(set(runs)) == 3 * 8 * 3
-    assert (
-        "results/table1/cifar100/fire-3.json" in runs
-        and "--dataset restricted-imagenet --mega-batches 3" in planned
-    )
-    assert "--arch" not in planned and "--epochs" not in planned  # the paper's protocol is the default
-    small = make(checkout, "-n", "table1-small", "DATA=photos/cifar10-jpeg").stdout
-    runs = re.findall(r"--out (\S+)", small)
-    assert len(runs) == 10 * 3 and "results/table1-small/cifar10-jpeg/warm-start-gamma1-2.json" in runs
-    assert len(re.findall("--method warm-start --gamma 1 ", small)) == 3
-    beside = make(checkout, "-n", "precision", "DATA=photos/cifar10-jpeg").stdout.replace("\\\n", " ")
-    assert len(re.findall("--precision bfloat16 .*--method warm-start --seed", beside)) == 3
-    assert len(re.findall("--precision bfloat16 .*--precision float32", beside)) == 3
-    one, two = (
-        make(checkout, "-n", j, "table1-small", "DATA=x", "SEEDS=1", "METHODS=lure").stdout
-        for j in ("-j1", "-j2")
-    )
+def test_make_measures_checkpoints_and_makes_them_again_where_they_are_gone(checkout):
+    words = ["runs", "TABLES=figure4", "OUT=out", "DATASETS=digits", "METHODS=lure", "SEEDS=1"]
+    words.append(f"ARGS={' '.join(TINY[2:])}")
+    assert make(checkout, *words).returncode == 0
+    record, measured = (checkout / "out" / "digits" / f"lure-1{end}" for end in (".json", ".metrics.json"))
+    assert (checkout / "out" / "figure4-digits.png").exists()
+    before = json.loads(measured.read_text())["ece"]
+    measured.unlink()
+    record.with_suffix(".pt").unlink()
+    assert make(checkout, *words).returncode == 0
+    assert json.loads(measured.read_text())["ece"] == before
+
+
+def test_make_names_the_runs_of_every_table_without_data(checkout):
+    for scale in ("paper", "small"):
+        for target in TARGETS:
+            runs, text = planned(checkout, target, f"SCALE={scale}")
+            assert runs and all("--seed" in line and "--checkpoint" in line for line in runs.values())
+            where = "precision" if target == "precision" else scale
+            assert f"--out results/{where}/{target.removeprefix('reproduce-')}.md" in text
+
+
+def test_the_runs_at_the_papers_protocol(checkout):
+    runs, _ = planned(checkout, "-j2", "reproduce-table1", "IMAGENET=/imagenet")
+    assert len(runs) == 3 * 9 * 3 and "results/paper/cifar100/fire-3.json" in runs
+    of_imagenet = [line for file, line in runs.items() if "restricted" in file]
+    assert all("--mega-batches 3 --data /imagenet" in line for line in of_imagenet)
+    everything = " ".join(runs.values())
+    assert "--arch" not in everything and "--epochs" not in everything  # the defaults are the paper's
+
+    def options(target, *words):
+        lines = planned(checkout, target, *words)[0].values()
+        return {" ".join(re.findall(r"--method \S+ (.*) --seed 1 ", line)).strip() for line in lines} - {""}
+
+    assert options("reproduce-table2") == {"--replay=buffer"}
+    assert options("reproduce-table3") == {"--replay=none"}
+    assert options("reproduce-table4") == {f"--mega-batches={t}" for t in (25, 50, 100)}
+    assert options("reproduce-table5") == {
+        f"--arch=resnet50 --shots=270 --mega-batches={t}" for t in (30, 70)
+    }
+    archs = ("resnet50", "wide_resnet50_2", "vgg16_bn")
+    four = "--mega-batches=4"
+    assert options("reproduce-table6") == {four} | {f"{four} --arch={arch}" for arch in archs}
+    assert options("reproduce-table7") == {f"--keep={keep}" for keep in (0.95, 0.9, 0.7, 0.6)}
+    assert options("reproduce-table8") == {four}
+    assert options("reproduce-table9") == {four} | {f"{four} --label-noise={p}" for p in (0.2, 0.4)}
+    cells = ("", " --select=best-val", " --gamma=1", " --gamma=1 --select=best-val")
+    assert options("where-from") == {four + cell for cell in cells}
+    assert options("cost") == {four, *(f"{four} --epochs={n}" for n in (5, 10, 20))}
+    assert f"{four} --lr=0.005 --weight-decay=0.001" in options("reproduce-figure6")
+    assert len(options("reproduce-figure6")) == 12
+
+
+def test_tables_share_the_runs_that_are_the_same(checkout):
+    files = {t: set(planned(checkout, t)[0]) for t in TARGETS if t != "precision"}
+    same = {
+        f"results/paper/cifar10/{m}+mega-batches=4-{s}.json"
+        for m in ("warm-start", "lure")
+        for s in (1, 2, 3)
+    }
+    for target in ("reproduce-table6", "reproduce-table8", "reproduce-table9", "where-from", "cost"):
+        assert same <= files[target]
+    assert "results/paper/cifar10/lure-1.json" in files["reproduce-table1"] & files["reproduce-table7"]
+    together, _ = planned(checkout, "reproduce")
+    assert set(together) == set.union(*files.values())
+
+
+def test_the_small_scale_and_what_narrows_a_table(checkout):
+    runs, _ = planned(checkout, "reproduce-table1", "SCALE=small", "DATA=photos/cifar10-jpeg")
+    assert len(runs) == 10 * 3 and "results/small/cifar10-jpeg/warm-start+gamma=1-2.json" in runs
+    assert all("--dataset folder --data photos/cifar10-jpeg --arch small" in line for line in runs.values())
+    beside, _ = planned(checkout, "precision", "DATA=photos/cifar10-jpeg")
+    assert len(beside) == 6 and sum("--precision=float32" in line for line in beside.values()) == 3
+    narrow = ["reproduce-table2", "DATASETS=cifar100", "METHODS=lure dash", "SEEDS=7", "OUT=x", "ARGS=--lr 1"]
+    runs, _ = planned(checkout, *narrow)
+    assert [*runs] == [f"x/cifar100/{m}+replay=buffer-7.json" for m in ("lure", "dash")]
+    assert all("--seed 7 --lr 1 --out" in line for line in runs.values())
+    one, two = (planned(checkout, j, "reproduce-table3", "SEEDS=1")[1] for j in ("-j1", "-j2"))
     assert "/ 1 " in one and "/ 2 " in two  # the threads are divided
 
 
-def test_table1_small_without_data_says_what_it_needs(checkout):
-    done = make(checkout, "table1-small")
-    assert done.returncode == 2 and "expected DATA=<folder" in done.stderr
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["reproduce-table2", "SCALE=small"], "DATA: expected DATA=<folder with train/<class>/ and"),
+        (["reproduce-table5"], "IMAGENET: expected IMAGENET=<folder with train/ and val/>"),
+        (["reproduce-figure2", "DATASETS=digits"], "CIFAR10C: expected CIFAR10C=<folder of CIFAR-10-C>"),
+        (["reproduce-table1", "SCALE=large"], "SCALE: expected paper or small"),
+    ],
+)
+def test_make_without_what_it_needs_says_so(checkout, words, message):
+    done = make(checkout, *words)
+    assert done.returncode == 2 and message in done.stderr and not (checkout / "results" / "small").exists()
 
 
 README = (ROOT / "README.md").read_text()
@@ -256,14 +330,30 @@ def test_the_snippets_of_the_readme_work_as_pasted(tmp_path):
         runpy.run_path(str(tmp_path / f"{i}.py"))
 
 
-def test_the_tables_of_the_readme_are_what_the_results_say(tmp_path):
-    tables = list((ROOT / "results").glob("*/*/table.md"))
-    assert tables
-    for table in tables:
-        copy = tmp_path / table.parent.relative_to(ROOT)
-        shutil.copytree(table.parent, copy)
-        assert evaluate.report(copy) == table.read_text()
-        assert table.read_text().split("\n\n", 1)[1] in README
+def test_reports_are_what_their_runs_say(tmp_path, monkeypatch):
+    names = {name: (columns, None) for name, (columns, _) in evaluate.FIGURES.items()}  # without drawing
+    monkeypatch.setattr(evaluate, "FIGURES", names)
+    words = ["-n", "reproduce", "precision", "SCALE=small", "DATA=cifar10-jpeg"]
+    reports = re.findall(r"evaluate.py report --out (\S+) (.*?) &&", make(ROOT, *words).stdout)
+    there = {str(p.relative_to(ROOT)) for p in (ROOT / "results").glob("*/*.md") if p.parent.name != "bench"}
+    assert {out for out, _ in reports} == there
+    for out, files in reports:
+        written = (tmp_path / out).resolve()
+        text = evaluate.report(written, [ROOT / file for file in files.split()])
+        assert text == (ROOT / out).read_text(), out
+
+
+def test_the_overview_and_the_readme_show_what_the_reports_say(tmp_path):
+    shutil.copytree(ROOT / "results", tmp_path / "results")
+    overview = evaluate.overview(tmp_path / "results")
+    assert overview == (ROOT / "results" / "README.md").read_text()
+    for path in re.findall(r"\]\(([^)]+)\)", overview):
+        assert (ROOT / "results" / path).exists(), path
+    claims = overview.split(evaluate.CLAIMS)[1].split("\n\n")[0]
+    assert claims and claims in README
+    for report in ("small/table1.md", "precision/precision.md"):
+        table = (ROOT / "results" / report).read_text().split(f"\n{evaluate.CLAIMS}")[0].split("\n\n", 1)[1]
+        assert table in README
 
 
 def test_the_benchmarks_of_the_readme_are_what_the_results_say():
@@ -277,7 +367,7 @@ def test_the_benchmarks_of_the_readme_are_what_the_results_say():
 
 def test_the_numbers_in_the_prose_are_in_the_tables():
     prose = re.search(r"(?s)What it shows:\n(.*?)\n## ", README)[1]
-    tables = " ".join(path.read_text() for path in (ROOT / "results").glob("*/*/table.md"))
+    tables = " ".join(path.read_text() for path in (ROOT / "results").glob("*/*.md"))
     numbers = re.findall(r"\d+\.\d+", prose)
     assert numbers and all(re.search(rf"(?<![\d.]){re.escape(n)}(?![\d.])", tables) for n in numbers)
 
