@@ -90,7 +90,7 @@ shots.paper := $(addprefix +arch=resnet50+shots=270+mega-batches=,30 70)
 shots.small := $(addprefix +shots=27+epochs=20+mega-batches=,5 10)
 archs.paper := $(four.paper) $(addprefix $(four.paper)+arch=,resnet50 wide_resnet50_2 vgg16_bn)
 archs.small := $(addprefix +mega-batches=4+limit=568+image-size=16+arch=,resnet18 resnet50 wide_resnet50_2 vgg16_bn)
-rates.paper := $(foreach w,+ +weight-decay=0.0005 +weight-decay=0.001,$(addsuffix $(w:+=),+ +lr=0.05 +lr=0.01 +lr=0.005))
+rates.paper := $(subst ++,+,$(foreach w,+ +weight-decay=0.0005 +weight-decay=0.001,$(addsuffix $(w:+=),+ +lr=0.05 +lr=0.01 +lr=0.005)))
 rates.small := + +weight-decay=0.001 +lr=0.005 +lr=0.005+weight-decay=0.001
 epochs.paper := +epochs=5 +epochs=10 +epochs=20 +
 epochs.small := +epochs=5 + +epochs=20
@@ -174,14 +174,15 @@ $(CORRUPTIONS): %.corruptions.json: | %.json
 
 # What the runs to come need: data sets are downloaded, or decoded, once and before them, not by each of them at once.
 DATASETS_OF_RUNS = $(sort $(foreach t,$(TABLES),$(call datasets,$t)))
+SIZES = $(sort 0 $(patsubst image-size=%,%,$(filter image-size=%,$(subst +, ,$(RUNS)))))
 needed = $(if $($1),,echo "$1: expected $1=<folder$2>" >&2; exit 2;)
 prepare: $(READY)
 	@$(if $(filter-out digits cifar10 cifar100 restricted-imagenet,$(DATASETS_OF_RUNS)),$(call needed,DATA, with train/<class>/ and test/<class>/ of images)) \
 	$(if $(filter restricted-imagenet,$(DATASETS_OF_RUNS)),$(call needed,IMAGENET, with train/ and val/)) \
 	$(if $(CORRUPTIONS),$(call needed,CIFAR10C, of CIFAR-10-C)) true
-	$(foreach d,$(filter-out digits restricted-imagenet,$(DATASETS_OF_RUNS)),$(PYTHON) -c 'import sys, lure; \
-	    sys.exit(lure.guarded("$d", lambda: lure.load_dataset(*sys.argv[1:])))' \
-	    $(if $(dataset_$d),$d,folder) $(or $(DATA),data) &&) true
+	$(foreach d,$(filter-out digits restricted-imagenet,$(DATASETS_OF_RUNS)),$(foreach n,$(SIZES),$(PYTHON) -c 'import sys, lure; \
+	    sys.exit(lure.guarded("$d", lambda: lure.load_dataset(*sys.argv[1:], ".cache", $n)))' \
+	    $(if $(dataset_$d),$d,folder) $(or $(DATA),data) &&)) true
 
 overview: $(READY)  ## results/README.md, from all tables and figures that are there
 	$(PYTHON) evaluate.py overview results

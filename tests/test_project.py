@@ -275,6 +275,7 @@ def test_the_runs_at_the_papers_protocol(checkout):
     assert options("cost") == {four, *(f"{four} --epochs={n}" for n in (5, 10, 20))}
     assert f"{four} --lr=0.005 --weight-decay=0.001" in options("reproduce-figure6")
     assert len(options("reproduce-figure6")) == 12
+    assert not any("++" in file for file in planned(checkout, "reproduce")[0])
 
 
 def test_tables_share_the_runs_that_are_the_same(checkout):
