@@ -468,7 +468,8 @@ def report(out: Path, paths: list[Path]) -> str:
         rows = load_rows([path for path in paths if path.resolve().parent.name == dataset])
         known = next((n for n in ("cifar100", "cifar10", "restricted-imagenet") if dataset.startswith(n)), "")
         printed, title = [p for p in published if p["dataset"] == known], TITLES.get(dataset, dataset)
-        measured = [row for row in rows if any(row.values(*column.path) for column in columns)]
+        whole = lambda row: any(len(row.values(*c.path)) == len(row.records) for c in columns)  # noqa: E731
+        measured = [row for row in rows if whole(row)]
         if not measured:
             raise DataError(
                 f"{rows[0].records[0]['path']}: expected what evaluate.py metrics writes beside it"

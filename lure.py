@@ -321,7 +321,8 @@ def load_folders(name: str, root: Path, cache: Path, image_size: int) -> Dataset
     if odd := sorted(set(classes[0]) ^ set(classes[1])):
         raise DataError(f"{root}: expected every class in both splits, {odd[0]!r} is in one only")
     sizes, (paths, labels) = [len(s) for s in samples], zip(*samples[0], *samples[1], strict=True)
-    content = [(os.path.relpath(p, root), os.stat(p).st_size, os.stat(p).st_mtime_ns) for p in paths]
+    below, stats = len(str(root / "x")) - 1, map(os.stat, paths)
+    content = [(p[below:], s.st_size, s.st_mtime_ns) for p, s in zip(paths, stats, strict=True)]
     digest = hashlib.sha256(json.dumps([image_size, content]).encode()).hexdigest()
     stored = cache / f"{root.resolve().name}-{image_size}-{digest[:16]}.pt"
     if not stored.exists():
@@ -329,7 +330,8 @@ def load_folders(name: str, root: Path, cache: Path, image_size: int) -> Dataset
             decoded = pool.map(partial(decode_image, size=image_size), paths)
             decoded = torch.stack(list(tqdm(decoded, f"decode {root}", len(paths), disable=None)))
         write(stored, partial(torch.save, decoded))
-    images, labels = torch.load(stored, weights_only=True).split(sizes), torch.tensor(labels).split(sizes)
+    images = torch.load(stored, mmap=True, weights_only=True).split(sizes)
+    labels = torch.tensor(labels).split(sizes)
     return Dataset(images[0], labels[0], images[1], labels[1], classes[0])
 
 
