@@ -36,7 +36,7 @@ lint: $(READY)  ## ruff: check and format
 	$(PYTHON) -m ruff format --check .
 
 bench: $(READY)  ## the loop beside a plain one: images/s, TFLOP/s, memory, cost of unlearning
-	$(PYTHON) bench.py --out "$(or $(OUT),results/bench)" $(ARGS)
+	$(PYTHON) bench.py --out "$(if $(filter command,$(origin OUT)),$(OUT),results/bench)" $(ARGS)
 
 precision: $(READY)  ## ResNet18 in bfloat16 and in float32; DATA=<folder with train/ and test/>
 	$(MAKE) runs TABLES=precision SCALE=precision
@@ -90,6 +90,7 @@ shots.paper := $(addprefix +arch=resnet50+shots=270+mega-batches=,30 70)
 shots.small := $(addprefix +shots=27+epochs=20+mega-batches=,5 10)
 archs.paper := $(four.paper) $(addprefix $(four.paper)+arch=,resnet50 wide_resnet50_2 vgg16_bn)
 archs.small := $(addprefix +mega-batches=4+limit=568+image-size=16+arch=,resnet18 resnet50 wide_resnet50_2 vgg16_bn)
+# The paper's grid is not printed, but for the rate 0.005 with the decay 0.001.
 rates.paper := $(subst ++,+,$(foreach w,+ +weight-decay=0.0005 +weight-decay=0.001,$(addsuffix $(w:+=),+ +lr=0.05 +lr=0.01 +lr=0.005)))
 rates.small := + +weight-decay=0.001 +lr=0.005 +lr=0.005+weight-decay=0.001
 epochs.paper := +epochs=5 +epochs=10 +epochs=20 +
@@ -103,7 +104,7 @@ table3 = $(call with,$(methods),+replay=none)
 table4 = $(call with,$(paper),$(long.$(SCALE)))
 table5 = $(call with,$(paper),$(shots.$(SCALE)))
 table6 = $(call with,$(if $(filter small,$(SCALE)),warm-start lure,$(paper)),$(archs.$(SCALE)))
-table7 = warm-start $(call with,lure,+keep=0.95 +keep=0.9 + +keep=0.7 +keep=0.6)
+table7 = $(filter $(or $(addsuffix %,$(METHODS)),%),warm-start lure+keep=0.95 lure+keep=0.9 lure lure+keep=0.7 lure+keep=0.6)
 table8 = $(call with,warm-start fisher magnitude lure random,$(four))
 table9 = $(call with,$(paper),$(call four_with,+ +label-noise=0.2 +label-noise=0.4))
 figure2 = $(call with,$(methods),+)
@@ -125,12 +126,12 @@ datasets.table1 := cifar10 cifar100 $(if $(IMAGENET),restricted-imagenet)
 datasets.table2 := $(datasets.table1)
 datasets.table3 := $(datasets.table1)
 datasets.table5 := restricted-imagenet
+# A data set that is not known by its name, or is the one that DATA= names at another scale than the paper's, is a folder.
 datasets = $(or $(DATASETS),$(if $(filter paper,$(SCALE)),$(or $(datasets.$1),cifar10),$(notdir $(abspath $(folder)))))
+known = $(if $(DATASETS)$(filter paper,$(SCALE)),$(filter digits cifar10 cifar100 restricted-imagenet,$1))
 folder = $(or $(DATA),DATA)
-dataset_digits = --dataset digits
-dataset_cifar10 = --dataset cifar10 --data $(or $(DATA),data)
-dataset_cifar100 = --dataset cifar100 --data $(or $(DATA),data)
-dataset_restricted-imagenet = --dataset restricted-imagenet --mega-batches 3 --data $(or $(IMAGENET),IMAGENET)
+imagenet = $(or $(IMAGENET),IMAGENET)
+place = $(if $(filter restricted-imagenet,$(call known,$1)),$(imagenet),$(if $(call known,$1),$(or $(DATA),data),$(folder)))
 
 # One mechanism behind all of them: the runs, seed by seed, then the table. A file that is there is not made again, so an
 # interrupted call goes on where it stopped.
@@ -145,7 +146,7 @@ METRICS = $(if $(filter figure3 figure4 figure5,$(TABLES)),$(patsubst %.json,%.m
 CORRUPTIONS = $(if $(filter figure2,$(TABLES)),$(patsubst %.json,%.corruptions.json,$(call files,figure2)))
 MISSING = $(filter-out $(wildcard $(RUNS) $(METRICS) $(CORRUPTIONS)),$(RUNS) $(METRICS) $(CORRUPTIONS))
 dataset = $(notdir $(patsubst %/,%,$(dir $@)))
-name = $(firstword $(subst .json, ,$(subst .metrics, ,$(subst .corruptions, ,$(notdir $@)))))
+name = $(basename $(notdir $@))
 seed = $(lastword $(subst -, ,$(name)))
 row = $(subst +, ,$(patsubst %-$(seed),%,$(name)))
 # How many runs at once; a bare -j means as many as there are, so one thread each.
@@ -153,36 +154,42 @@ jobs = $(or $(patsubst -j%,%,$(filter -j%,$(MAKEFLAGS))),$(if $(filter -j,$(MAKE
 threads = OMP_NUM_THREADS=$$(n=$$(( $$(getconf _NPROCESSORS_ONLN) / $(jobs) )); echo $$(( n > 0 ? n : 1 )))
 
 runs: $(RUNS) $(METRICS) $(CORRUPTIONS)
-	$(foreach t,$(TABLES),$(PYTHON) evaluate.py report --out $(OUT)/$t.md $(call files,$t) &&) true
+	$(foreach t,$(TABLES),$(call report,$t))
+
+define report
+$(PYTHON) evaluate.py report --out $(OUT)/$1.md $(call files,$1)
+
+endef
 
 define run
-$(threads) $(PYTHON) baselines.py $(or $(dataset_$(dataset)),--dataset folder --data $(folder)) $(base.$(SCALE)) \
-    --method $(firstword $(row)) $(addprefix --,$(wordlist 2,99,$(row))) --seed $(seed) $(ARGS) \
+$(threads) $(PYTHON) baselines.py --dataset $(or $(call known,$(dataset)),folder) --data $(call place,$(dataset)) \
+    $(if $(filter restricted-imagenet,$(dataset)),--mega-batches 3) $(base.$(SCALE)) --method $(firstword $(row)) $(addprefix --,$(wordlist 2,99,$(row))) --seed $(seed) $(ARGS) \
     --out $(dir $@)$(name).json --checkpoint $(dir $@)$(name).pt
 endef
 $(sort $(RUNS)): | $(READY) $(if $(MISSING),prepare)
 	$(run)
 
 # A record may be there without its checkpoint, which is not kept in git: then the run is made again.
-$(METRICS): %.metrics.json: | %.json
-	[ -e $*.pt ] || $(run)
+$(patsubst %.json,%.pt,$(sort $(RUNS))): %.pt: | %.json
+	[ -e $@ ] || $(run)
+
+$(filter $(METRICS),$(MISSING)): %.metrics.json: | %.pt
 	$(threads) $(PYTHON) evaluate.py metrics $*.pt
 
-$(CORRUPTIONS): %.corruptions.json: | %.json
-	[ -e $*.pt ] || $(run)
+$(filter $(CORRUPTIONS),$(MISSING)): %.corruptions.json: | %.pt
 	$(threads) $(PYTHON) evaluate.py metrics --corruptions $(or $(CIFAR10C),CIFAR10C) $*.pt
 
 # What the runs to come need: data sets are downloaded, or decoded, once and before them, not by each of them at once.
-DATASETS_OF_RUNS = $(sort $(foreach t,$(TABLES),$(call datasets,$t)))
-SIZES = $(sort 0 $(patsubst image-size=%,%,$(filter image-size=%,$(subst +, ,$(RUNS)))))
+COMING = $(sort $(foreach t,$(TABLES),$(call datasets,$t)))
+SIZES = $(sort 0 $(patsubst image-size=%,%,$(filter image-size=%,$(subst +, ,$(foreach t,$(TABLES),$($t))))))
 needed = $(if $($1),,echo "$1: expected $1=<folder$2>" >&2; exit 2;)
 prepare: $(READY)
-	@$(if $(filter-out digits cifar10 cifar100 restricted-imagenet,$(DATASETS_OF_RUNS)),$(call needed,DATA, with train/<class>/ and test/<class>/ of images)) \
-	$(if $(filter restricted-imagenet,$(DATASETS_OF_RUNS)),$(call needed,IMAGENET, with train/ and val/)) \
-	$(if $(CORRUPTIONS),$(call needed,CIFAR10C, of CIFAR-10-C)) true
-	$(foreach d,$(filter-out digits restricted-imagenet,$(DATASETS_OF_RUNS)),$(foreach n,$(SIZES),$(PYTHON) -c 'import sys, lure; \
+	@$(if $(strip $(foreach d,$(COMING),$(if $(call known,$d),,folder))),$(call needed,DATA, with train/<class>/ and test/<class>/ of images)) \
+	$(if $(filter restricted-imagenet,$(COMING)),$(call needed,IMAGENET, with train/ and val/)) \
+	$(if $(filter $(CORRUPTIONS),$(MISSING)),$(call needed,CIFAR10C, of CIFAR-10-C)) true
+	$(foreach d,$(filter-out digits,$(COMING)),$(foreach n,$(SIZES),$(PYTHON) -c 'import sys, lure; \
 	    sys.exit(lure.guarded("$d", lambda: lure.load_dataset(*sys.argv[1:], ".cache", $n)))' \
-	    $(if $(dataset_$d),$d,folder) $(or $(DATA),data) &&)) true
+	    $(or $(call known,$d),folder) $(call place,$d) &&)) true
 
 overview: $(READY)  ## results/README.md, from all tables and figures that are there
 	$(PYTHON) evaluate.py overview results

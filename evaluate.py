@@ -6,12 +6,13 @@ python evaluate.py report --out table9.md cifar10/*-[123].json     # a table of 
 """
 
 import argparse
+import inspect
 import json
 import math
 import re
 import statistics
 import sys
-from functools import partial, reduce
+from functools import partial
 from itertools import compress, product
 from pathlib import Path
 from typing import NamedTuple
@@ -168,6 +169,7 @@ def metrics(path: Path, args: argparse.Namespace) -> dict:
     result = {"config": config, **lure.provenance(["evaluate.py", *args.argv], device, data)}
     if args.corruptions:
         result["corruptions"] = corruption_accuracy(model, args.corruptions)
+        result["images_per_severity"] = len(load_array(args.corruptions / "labels.npy")) // 5
         target = path.with_suffix(".corruptions.json")
     else:
         result |= clean_metrics(model, data, config["seed"], args.epsilons, args.sigmas)
@@ -185,7 +187,7 @@ def clean_metrics(model, data: lure.Dataset, seed: int, epsilons, sigmas) -> dic
     )
     train_y, test_y = data.labels.to(device), data.test_labels.to(device)
     probabilities = predict(model, test_x).softmax(1)
-    result: dict = {"accuracy": accuracy(model, test_x, test_y)}
+    result: dict = {"accuracy": 100 * probabilities.argmax(1).eq(test_y).double().mean().item()}
     result["ece"] = expected_calibration_error(probabilities, test_y)
     result["reliability"] = {k: v.tolist() for k, v in reliability_bins(probabilities, test_y).items()}
     result["pgd"] = {}
@@ -195,7 +197,7 @@ def clean_metrics(model, data: lure.Dataset, seed: int, epsilons, sigmas) -> dic
         result["pgd"][f"{epsilon:g}/255"] = accuracy(model, attacked, test_y)
     generator = torch.Generator().manual_seed(seed)
     noisy = weight_noise_accuracy(model, train_x, train_y, sigmas, generator=generator)
-    return result | {"weight_noise": dict(zip(sigmas, noisy, strict=True))}
+    return result | {"weight_noise": {f"{s:g}": a for s, a in zip(sigmas, noisy, strict=True)}}
 
 
 def summary(result: dict) -> str:
@@ -245,8 +247,12 @@ class Row(NamedTuple):
         """Seed → what the path leads to in the record, where it was measured."""
         found = {}
         for record in self.records:
-            value = reduce(lambda v, key: v[key], path, record) if path[0] in record else None
-            if value is not None:
+            value = record
+            for key in path:
+                value = value.get(key) if isinstance(value, dict) else value[key]
+                if value is None:
+                    break
+            else:
                 found[record["config"]["seed"]] = value
         return found
 
@@ -286,31 +292,52 @@ def load_record(path: Path) -> dict:
     Adds its `path`, the options in its name (`named`) and all that may set it apart from others (`options`).
     DataError for a file that is no record, or not of what its name says.
     """
+
+    def load(file: Path) -> dict:
+        record = json.loads(file.read_text())
+        config = {"method": "lure", "set": []} | record["config"]
+        options = {k: v for k, v in config.items() if k not in lure.PATHS | {"method", "seed", "classes"}}
+        options |= {"data": record["data"]["sha256"]}
+        return record | {"config": config, "options": options}
+
     file = path
     try:
-        record = json.loads(path.read_text())
-        config = {"method": "lure", "set": []} | record["config"]
+        record = load(path)
+        config, named = record["config"], {}
         name, seed = path.stem.rsplit("-", 1)
         method, *pairs = name.split("+")
-        named = {}
         for key, _, text in (pair.partition("=") for pair in pairs):
             key = key.replace("-", "_")
             named[key] = [text] if key == "set" else type(config[key])(text or True)
         for key, value in {"method": method, "seed": int(seed), **named}.items():
             if config[key] != value:
                 raise ValueError(f"it is of {key} {config[key]}")
-        options = {k: v for k, v in config.items() if k not in lure.PATHS | {"method", "seed"}}
-        options |= {"data": record["data"]["sha256"], "precision": record["precision"]}  # what they were
-        for file in (path.with_suffix(".metrics.json"), path.with_suffix(".corruptions.json")):
-            record = (json.loads(file.read_text()) if file.exists() else {}) | record
+        for suffix, keys in MEASURED.items():
+            file = path.with_suffix(suffix)
+            if file.exists():
+                measured = load(file)
+                if measured["options"] != record["options"] or measured["config"]["seed"] != config["seed"]:
+                    raise ValueError("it is of another run")
+                record |= {key: measured[key] for key in keys}
+        file = path
         for part in (record["totals"], record):
             if "ece" in part:
                 part["ece"] *= 100
-        if noisy := [*record.get("weight_noise", {}).values()]:
-            record["noise_drop"] = noisy[0] - noisy[-1]
+        if noisy := record.get("weight_noise"):
+            record["noise_drop"] = {s: noisy["0"] - a for s, a in noisy.items() if s != "0"}
+        record["options"]["precision"] = record["precision"]  # what it was, where the option is auto
+        if "keep" not in inspect.signature(METHODS[method]).parameters:
+            record["options"]["keep"] = None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{file}: expected the record of the run that its name says ({error})") from error
-    return record | {"path": path, "config": config, "named": named, "options": options}
+        reason = f"no entry {error}" if isinstance(error, KeyError) else error
+        raise DataError(f"{file}: expected the record of the run that its name says ({reason})") from error
+    return record | {"path": path, "named": named}
+
+
+MEASURED = {
+    ".metrics.json": ("ece", "reliability", "pgd", "weight_noise"),
+    ".corruptions.json": ("corruptions", "images_per_severity"),
+}
 
 
 def load_rows(paths: list[Path]) -> list[Row]:
@@ -318,24 +345,30 @@ def load_rows(paths: list[Path]) -> list[Row]:
 
     Two runs may differ in their seed, their method and the options that the name of one of them tells.
     """
-    records = [load_record(path) for path in paths]
-    first, apart = records[0], {}
-    for record in records:
-        free = {*record["named"], *first["named"]}
-        if free & {"limit", "limit_test", "shots", "image_size"}:
-            free.add("data")
-        for key, value in record["options"].items():
-            if value != (there := first["options"].get(key)) and key not in free:
-                where = f"{there} in {first['path'].name}"
+    records, apart = [load_record(path) for path in paths], {}
+    for key in records[0]["options"]:
+        having = [r for r in records if r["options"].get(key) is not None]
+        for record in having:
+            value, other = (r["options"][key] for r in (record, having[0]))
+            free = {*record["named"], *having[0]["named"]}
+            if value != other and not free & {key, *(SIZES if key == "data" else ())}:
+                where = f"{other} in {having[0]['path'].name}"
                 raise DataError(f"{record['path']}: cannot be compared: {key} is {value}, {where}")
-            if value != there and key != "data":
+            if value != other and key != "data":
                 apart[key] = None
     rows: dict[str, Row] = {}
     for record in records:
         method, options = record["config"]["method"], {key: record["options"][key] for key in apart}
-        row = Row(method, options, record["named"], [])
-        rows.setdefault(json.dumps([method, options]), row).records.append(record)
+        row = rows.setdefault(json.dumps([method, options]), Row(method, options, record["named"], []))
+        if twice := [r for r in row.records if r["config"]["seed"] == record["config"]["seed"]]:
+            raise DataError(
+                f"{record['path']}: expected one run of each kind, {twice[0]['path'].name} is it too"
+            )
+        row.records.append(record)
     return [*rows.values()]
+
+
+SIZES = ("limit", "limit_test", "shots", "image_size")  # these change the data
 
 
 def paired(row: Row, other: Row, *path) -> list[float]:
@@ -367,11 +400,18 @@ def spread(values: list[float], digits: int = 2) -> str:
 
 
 def warm_start_of(row: Row, rows: list[Row]) -> Row | None:
-    """The warm start that a row is compared with: that with most of the row's options, and no other."""
+    """The warm start that a row is compared with: of the same options, or else of most of them and no other.
+
+    What a method has besides may only be of forgetting; what a warm start has besides may be anything.
+    """
+    own = {"keep", "pi", "pi_fraction", "set"} if row.method != "warm-start" else row.named.keys()
     fitting = [
-        r for r in rows if r.method == "warm-start" and r is not row and r.named.items() <= row.named.items()
+        other
+        for other in rows
+        if other.method == "warm-start" and other is not row
+        if other.named.items() <= row.named.items() and row.named.keys() - other.named.keys() <= own
     ]
-    return max(fitting, key=lambda r: len(r.named), default=None)
+    return max(fitting, key=lambda other: len(other.named), default=None)
 
 
 def is_of(row: Row, published: dict) -> bool:
@@ -380,14 +420,16 @@ def is_of(row: Row, published: dict) -> bool:
 
 
 def table(rows: list[Row], columns: list[Column], published: list[dict]) -> str:
-    """Markdown: the rows, with the paper's number beside the first that it fits, then what it has besides."""
-    rest = [p for p in published if any(column.printed in p for column in columns)]
-    printed = {column for column in columns if any(column.printed in p for p in rest)}
-    entries = []
-    for row in rows:
-        entries.append((row, next((p for p in rest if is_of(row, p)), {})))
-        rest = [p for p in rest if p is not entries[-1][1]]
-    entries += [(Row(p["method"], p, {}, []), p) for p in rest]
+    """Markdown: the rows, the paper's numbers beside those that they fit best, then what else it has."""
+    published = [p for p in published if any(column.printed in p for column in columns)]
+    printed = {column for column in columns if any(column.printed in p for p in published)}
+    beside, rest = {}, []
+    for p in published:
+        fitting = [row for row in rows if is_of(row, p)]
+        if fitting:  # the row with the fewest options of its own
+            beside[min(fitting, key=lambda row: len(row.named)).label] = p
+        else:
+            rest.append((Row(p["method"], p, {}, []), p))
 
     options = [*rows[0].options]
     head = ["Method", *(key.replace("_", "-") for key in options), "Seeds"]
@@ -395,15 +437,19 @@ def table(rows: list[Row], columns: list[Column], published: list[dict]) -> str:
         head += [column.title] + ["paper"] * (column in printed)
         head += [f"{column.title.split(',')[0]} − warm start's [95 %]"] * column.paired
     lines = [head, [":---"] + ["---:"] * (len(head) - 1)]
-    for row, p in entries:
-        n, shown = len(row.records), [row.options.get(key, "–") for key in options]
-        cells = [NAMES[row.method], *(f"{v:g}" if type(v) is float else str(v) for v in shown)]
-        cells.append(f"{n}{' †' * (n < 3)}" if n else "–")
+    for row, p in [*((row, beside.get(row.label, {})) for row in rows), *rest]:
+        n, shown = len(row.records), [row.options.get(key) for key in options]
+        cells = [
+            NAMES[row.method],
+            *("–" if v is None else f"{v:g}" if type(v) is float else str(v) for v in shown),
+            f"{n}{' †' * (n < 3)}" if n else "–",
+        ]
         for column in columns:
             values = row.values(*column.path)
             cells.append(spread(values, column.digits) if values else "–")
             if column in printed:
-                cells.append(f"{p[column.printed]:.{column.digits}f}" if column.printed in p else "–")
+                number = p.get(column.printed, "–")
+                cells.append(number if isinstance(number, str) else f"{number:.{column.digits}f}")
             if column.paired:
                 other = warm_start_of(row, rows)
                 differences = paired(row, other, *column.path) if other else []
@@ -420,8 +466,8 @@ def verdict(claim: dict, rows: list[Row]) -> tuple[str, str] | None:
     """What became of a claim: the differences that it is about, with their intervals, and a word.
 
     `better` and `than` say which rows are compared; in what they do not say, the two have the same options.
-    Held: each interval excludes zero on the claim's side; not held: one does on the other side. None where
-    there are no such rows.
+    Held: each interval excludes zero on the claim's side; not held: one does on the other side. What does
+    not differ at all, as under an attack that nothing withstands, has no say. None without such rows.
     """
     better, than = claim["better"], claim["than"]
     free = {key for key in better | than if better.get(key) != than.get(key)}
@@ -441,8 +487,10 @@ def verdict(claim: dict, rows: list[Row]) -> tuple[str, str] | None:
         texts.append(f"{label}: {with_interval(differences)}" if label else with_interval(differences))
         low, high = interval(differences) if len(differences) > 2 else (-math.inf, math.inf)
         low, high = (low, high) if claim["higher"] else (-high, -low)
-        words.add("held" if low > 0 else "not held" if high < 0 else "not decided")
-    return "<br>".join(texts), next(w for w in ("not held", "not decided", "held") if w in words)
+        if any(differences):
+            words.add("held" if low > 0 else "not held" if high < 0 else "not decided")
+    word = "not held" if "not held" in words else "held" if words == {"held"} else "not decided"
+    return "<br>".join(texts), word
 
 
 CLAIMS = (
@@ -468,8 +516,10 @@ def report(out: Path, paths: list[Path]) -> str:
         rows = load_rows([path for path in paths if path.resolve().parent.name == dataset])
         known = next((n for n in ("cifar100", "cifar10", "restricted-imagenet") if dataset.startswith(n)), "")
         printed, title = [p for p in published if p["dataset"] == known], TITLES.get(dataset, dataset)
-        whole = lambda row: any(len(row.values(*c.path)) == len(row.records) for c in columns)  # noqa: E731
-        measured = [row for row in rows if whole(row)]
+        if rows[0].records[0]["data"]["test"] != (3_450 if known == "restricted-imagenet" else 10_000):
+            printed = [{k: v for k, v in p.items() if k != "cer"} for p in printed]  # a count of other images
+        needed = [column.path for column in columns if column.path[0] != "totals"]
+        measured = [r for r in rows if all(len(r.values(*path)) == len(r.records) for path in needed)]
         if not measured:
             raise DataError(
                 f"{rows[0].records[0]['path']}: expected what evaluate.py metrics writes beside it"
@@ -506,6 +556,10 @@ def caption(title: str, rows: list[Row]) -> str:
     words = [text for key, text in words.items() if key not in rows[0].options]
     sizes = sorted({(r["data"]["train"], r["data"]["test"]) for r in records})
     words += [f"{' or '.join(str(n) for n, _ in sizes)} training and {data['test']} test images"]
+    if "images_per_severity" in records[0]:
+        words += [
+            f"{records[0]['images_per_severity']} images of CIFAR-10-C for each corruption and severity"
+        ]
     machines = sorted({f"{r['device']}, {r['precision']}, torch {r['versions']['torch']}" for r in records})
     return (
         f"{title}: {', '.join(words)}; {'; '.join(machines)}. Mean ± sample standard deviation over seeds "
@@ -572,10 +626,8 @@ def attack_and_noise(figure, rows, published, others):
     right.set(xlabel="label noise: probability that a label is redrawn")
     order = [*METHODS]
     for row in rows:
-        attacks = [*row.records[0]["pgd"]]
-        samples = [row.values("totals", "test_accuracy"), *(row.values("pgd", e) for e in attacks)]
-        x = [0, *(float(e.split("/")[0]) for e in attacks)]
-        draw_line(left, x, samples, order.index(row.method), label=NAMES[row.method])
+        samples = [row.values("totals", "test_accuracy"), *(row.values("pgd", f"{e}/255") for e in EPSILONS)]
+        draw_line(left, [0, *EPSILONS], samples, order.index(row.method), label=NAMES[row.method])
     for method, group in by_method(others).items():
         x = [row.config["label_noise"] for row in group]
         samples = [row.values("totals", "test_accuracy") for row in group]
@@ -603,11 +655,10 @@ def reliability(figure, rows, published, others):
 
 def weight_noise(figure, rows, published, others):
     axes = figure.subplots()
-    axes.set(xlabel="σ of the Gaussian noise on every weight", ylabel="training accuracy, %")
+    axes.set(xlabel="σ of the Gaussian noise on every weight", ylabel="accuracy on the training images, %")
     for i, row in enumerate(rows):
-        sigmas = [*row.records[0]["weight_noise"]]
-        samples = [row.values("weight_noise", sigma) for sigma in sigmas]
-        draw_line(axes, [float(sigma) for sigma in sigmas], samples, i, label=row.label)
+        samples = [row.values("weight_noise", f"{sigma}") for sigma in SIGMAS]
+        draw_line(axes, SIGMAS, samples, i, label=row.label)
 
 
 def rates(figure, rows, published, others):
@@ -646,13 +697,17 @@ def cost(figure, rows, published, others):
 
 EPSILONS, SIGMAS = (1, 2, 4, 8), (0, 0.01, 0.02, 0.03, 0.04, 0.05)
 ATTACKS = [Column(f"At ε = {e}/255, %", ("pgd", f"{e}/255"), paired=e == 2) for e in EPSILONS]
-NOISES = [Column(f"At σ = {s}, %", ("weight_noise", f"{s}"), paired=s == 0.05) for s in SIGMAS]
+NOISES = [Column("Without noise, %", ("weight_noise", "0"))]
+NOISES += [Column(f"Drop at σ = {s}, points", ("noise_drop", f"{s}"), paired=s == 0.02) for s in SIGMAS[1:]]
 FIGURES = {  # its columns, and how it is drawn
     "demo": (MAIN, anytime),
     "table1": (MAIN, anytime),
     "figure2": ([Column("mCA, %", ("corruptions", "mean"), printed="mca", paired=True)], corruption_bars),
     "figure3": (ATTACKS, attack_and_noise),
-    "figure4": ([Column("ECE, %", ("ece",), paired=True)], reliability),
+    "figure4": (
+        [Column("ECE, %", ("ece",), paired=True)],
+        reliability,
+    ),
     "figure5": (NOISES, weight_noise),
     "figure6": (MAIN, rates),
     "cost": (MAIN, cost),
@@ -667,8 +722,9 @@ measured; the speed of the loop is in [`bench`](bench). Every run is a file, `SC
 ## The paper's claims
 
 Held: every 95 % t interval of the differences, over at least three seeds, lies on the claim's side of zero;
-not held: one lies on the other side. What is tested at the small scale says what happens there, and refutes
-nothing beyond it.
+not held: one lies on the other side (each is an interval by itself: of twenty, one may do so by chance). What
+is tested at the small scale says what happens there, and refutes nothing beyond it. The paper's numbers stand
+beside ours wherever it prints any, whatever the scale; Figure 6's grid of rates is ours.
 """
 
 

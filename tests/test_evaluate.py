@@ -260,7 +260,6 @@ def test_report_of_runs(folder, tmp_path, capsys):
 
 def test_report_of_a_folder_takes_all_its_runs(folder, tmp_path):
     runs = copy(folder, tmp_path)
-    (runs / "lure-1.metrics.json").write_text("{}")
     assert len(rows_of(evaluate.report(tmp_path / "table.md", [runs]))) == 2 + 3
     assert sorted(p.name for p in tmp_path.iterdir()) == ["digits", "table.md"]  # no figure goes with it
 
@@ -268,18 +267,24 @@ def test_report_of_a_folder_takes_all_its_runs(folder, tmp_path):
 def test_report_stands_beside_the_paper(folder, tmp_path):
     runs = copy(folder, tmp_path, "small/cifar10-like")
     files, out = sorted(runs.glob("*.json")), tmp_path / "small" / "table1.md"
-    printed = [row[0] for row in rows_of(evaluate.report(out, files)) if row[2] == "–"]
+    printed = [row[0] for row in rows_of(evaluate.report(out, [runs])) if row[2] == "–"]
     assert printed == ["Warm start", "LLF", "S&P", "LURE"]  # ours, of two mega-batches, are not in the paper
     for path in files:
         change(path, mega_batches=8)
-    head, _, *rows = rows_of(evaluate.report(out, [runs / "warm-start-1.json", *files]))
+    head, _, *rows = rows_of(
+        evaluate.report(out, [runs])
+    )  # in the order of the names, so gamma=1 comes first
     where = [i for i, title in enumerate(head) if title == "paper"]
     by_name = {(row[0], row[1]): [row[i] for i in where] for row in rows}
-    assert by_name["LURE", "0.1"] == ["93.32", "9622", "6.60"]
-    assert by_name["Warm start", "0.1"] == ["89.47", "11760", "8.98"]
-    assert by_name["Warm start", "1"] == ["–", "–", "–"]  # a number of the paper's stands there once
-    assert by_name["LLF", "–"] == ["91.43", "10103", "7.22"]
+    assert [head[i - 1] for i in where] == ["Test accuracy, %", "Gap, points"]  # CER: of other test images
+    assert by_name["LURE", "0.1"] == ["93.32", "6.60"] and by_name["Warm start", "0.1"] == ["89.47", "8.98"]
+    assert by_name["Warm start", "1"] == ["–", "–"]  # a number of the paper's stands there once
+    assert by_name["LLF", "–"] == ["91.43", "7.22"]
     assert "| small, cifar10-like |" in out.read_text() and "| not decided |" in out.read_text()
+    for path in files:
+        record = json.loads(path.read_text())
+        path.write_text(json.dumps(record | {"data": record["data"] | {"test": 10_000}}))
+    assert "| 9622 |" in evaluate.report(out, [runs])
 
 
 @pytest.mark.parametrize(
@@ -295,7 +300,7 @@ def test_reports_whose_rows_differ_by_options(folder, tmp_path, name, rows):
     for row in rows:
         method, *pairs = row.split("+")
         options = {k.replace("-", "_"): v for k, _, v in (pair.partition("=") for pair in pairs)}
-        options = {k: v if k == "select" else float(v or True) for k, v in options.items()}
+        options = {k: True if v == "" else v if k == "select" else float(v) for k, v in options.items()}
         for seed in (1, 2):
             change(runs / f"{method}-{seed}.json", f"{row}-{seed}.json", **options)
     files = [runs / f"{row}-{seed}.json" for row in rows for seed in (1, 2)]
@@ -303,6 +308,10 @@ def test_reports_whose_rows_differ_by_options(folder, tmp_path, name, rows):
     assert len(found) == len(rows) and (tmp_path / f"{name}-digits.png").exists() == (
         name in evaluate.FIGURES
     )
+    for cells, row in zip(found, rows, strict=True):
+        method, *pairs = row.split("+")
+        values = {pair.partition("=")[2] or "True" for pair in pairs}
+        assert cells[0] == evaluate.NAMES[method] and values <= set(cells[1:4])
 
 
 def test_figures_of_what_metrics_measured(folder, tmp_path, capsys):
@@ -319,16 +328,47 @@ def test_figures_of_what_metrics_measured(folder, tmp_path, capsys):
         checkpoint = path.with_suffix(".pt")
         checkpoint.write_bytes((folder / checkpoint.name).read_bytes())
         assert evaluate.main(["metrics", str(checkpoint)]) == 0
-        gray = {name: [30.0 + int(path.stem[-1])] * 5 for name in evaluate.CORRUPTIONS} | {"mean": 31.0}
-        path.with_suffix(".corruptions.json").write_text(json.dumps({"corruptions": gray}))
+        measured = json.loads(path.with_suffix(".metrics.json").read_text())
+        shade = 30.0 + int(path.stem[-1])  # the colour that CIFAR-10-C has, digits have not
+        corruptions = {name: [shade] * 5 for name in evaluate.CORRUPTIONS} | {"mean": shade}
+        measured |= {"corruptions": corruptions, "images_per_severity": 7}
+        path.with_suffix(".corruptions.json").write_text(json.dumps(measured))
     for row in ("lure", "lure+label-noise=0.2"):  # the other half of figure 3
         change(runs / "lure-1.json", f"{row}-3.json", seed=3, label_noise=0.2 if "noise" in row else 0.0)
-    more = [runs / "lure+label-noise=0.2-3.json"]
+    more, rows = [runs / "lure+label-noise=0.2-3.json"], {}
     for name in names:
         text = evaluate.report(tmp_path / f"{name}.md", files + more * (name == "figure3"))
-        assert [row[0] for row in rows_of(text)][2:4] == ["Warm start", "LURE"]
+        rows[name] = rows_of(text)
+        assert [row[0] for row in rows[name]][2:4] == ["Warm start", "LURE"]
         assert (tmp_path / f"{name}-digits.png").stat().st_size > 10_000
         assert "| The paper's claim |" in text
+    assert rows["figure2"][3][1:3] == ["2 †", "31.50 ± 0.71"] and "7 images of CIFAR-10-C" in evaluate.report(
+        tmp_path / "figure2.md", files
+    )
+    of = [json.loads((runs / f"lure-{seed}.metrics.json").read_text()) for seed in (1, 2)]
+    ece, attack, clean, noisy = (
+        [100 * m["ece"] for m in of],
+        [m["pgd"]["2/255"] for m in of],
+        [m["weight_noise"]["0"] for m in of],
+        [m["weight_noise"]["0.01"] for m in of],
+    )
+    assert rows["figure4"][3][2] == evaluate.spread(ece)
+    head, cells = rows["figure3"][0], rows["figure3"][3]
+    assert cells[head.index("At ε = 2/255, %")] == evaluate.spread(attack)
+    head, cells = rows["figure5"][0], rows["figure5"][3]
+    drop = [a - b for a, b in zip(clean, noisy, strict=True)]
+    assert cells[head.index("Without noise, %")] == evaluate.spread(clean)
+    assert cells[head.index("Drop at σ = 0.01, points")] == evaluate.spread(drop)
+
+
+def test_the_measurements_of_another_run_are_refused(folder, tmp_path):
+    runs = copy(folder, tmp_path)
+    for seed in (1, 2):
+        (runs / f"lure-{seed}.pt").write_bytes((folder / f"lure-{seed}.pt").read_bytes())
+    assert evaluate.main(["metrics", str(runs / "lure-2.pt"), "--epsilons", "1", "--sigmas", "0"]) == 0
+    (runs / "lure-2.metrics.json").rename(runs / "lure-1.metrics.json")
+    with pytest.raises(lure.DataError, match=r"lure-1.metrics.json: .*it is of another run"):
+        evaluate.report(tmp_path / "table.md", [runs])
 
 
 def test_report_refuses_what_cannot_be_compared(folder, tmp_path, capsys):
@@ -360,6 +400,9 @@ def test_report_refuses_what_cannot_be_compared(folder, tmp_path, capsys):
     refused("i", "lure-7.json", "it is of seed 1")
     (copy(folder, tmp_path, "k") / "lure-1.metrics.json").write_text("{")
     refused("k", "lure-1.metrics.json: expected")
+    runs = copy(folder, tmp_path, "l")
+    (runs / "lure+keep=0.8-1.json").write_bytes((runs / "lure-1.json").read_bytes())
+    refused("l", "expected one run of each kind", "lure-1.json")
     (tmp_path / "g").mkdir()
     refused("g", "expected records of runs")
 
@@ -411,11 +454,27 @@ def test_a_claim_of_several_rows_compares_what_belongs_together():
     assert evaluate.verdict(claim | {"than": {"method": "sp"}}, rows) is None
 
 
+def test_what_does_not_differ_at_all_has_no_say_in_a_claim():
+    claim = {
+        "better": LURE,
+        "than": WARM,
+        "higher": True,
+        "metrics": [["totals", "cer"], ["totals", "floor"]],
+    }
+    rows = [row("warm-start", [50, 50, 50]), row("lure", [52, 52, 52.1])]
+    for r in rows:
+        for record in r.records:
+            record["totals"]["floor"] = 0
+    assert evaluate.verdict(claim, rows)[1] == "held"
+    assert evaluate.verdict(claim | {"metrics": [["totals", "floor"]]}, rows)[1] == "not decided"
+
+
 def test_what_warm_start_a_row_is_compared_with():
     plain, noisy = row("warm-start", [50]), row("warm-start", [40], label_noise=0.2)
     rows = [plain, noisy, row("lure", [41], label_noise=0.2, keep=0.9), row("lure", [52], keep=0.9)]
     found = [evaluate.warm_start_of(r, rows) for r in rows]
     assert found[0] is None and found[1] is plain and found[2] is noisy and found[3] is plain
+    assert evaluate.warm_start_of(row("lure", [41], gamma=1), rows) is None  # that of gamma 1 is not there
 
 
 @given(st.lists(st.floats(-100, 100), min_size=2, max_size=12))
@@ -444,7 +503,7 @@ def test_overview_has_every_report_that_is_there(folder, tmp_path):
         < text.index("## Table 8")
     )
     assert text.count("CIFAR-10: small, 8 mega-batches") == 2 and text.count(evaluate.CLAIMS) == 1
-    assert "full replay: LURE is more accurate" in text.split("## Table 1")[0]
+    assert "Full replay: LURE is more accurate" in text.split("## Table 1")[0]
     assert "](small/table1-cifar10.png)" in text
 
 
@@ -465,7 +524,7 @@ def test_metrics_of_a_checkpoint(folder, tmp_path, capsys):
     everything = lure.load_dataset("digits", limit=120, limit_test=60)
     model, config = evaluate.load_checkpoint(folder / "lure-1.pt", torch.device("cpu"))
     clean = evaluate.accuracy(model, everything.images.float() / 255, everything.labels)
-    assert found["weight_noise"]["0.0"] == pytest.approx(clean)
+    assert found["weight_noise"]["0"] == pytest.approx(clean)
     assert config | {"set": []} == record["config"] | {"classes": list("0123456789")}
     assert "accuracy" in capsys.readouterr().out
 

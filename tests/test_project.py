@@ -225,14 +225,16 @@ def test_make_runs_what_is_missing_and_nothing_else(checkout):
 
 
 def test_make_measures_checkpoints_and_makes_them_again_where_they_are_gone(checkout):
-    words = ["runs", "TABLES=figure4", "OUT=out", "DATASETS=digits", "METHODS=lure", "SEEDS=1"]
+    words = ["runs", "TABLES=figure4 figure5", "OUT=out", "DATASETS=digits", "METHODS=lure", "SEEDS=1"]
     words.append(f"ARGS={' '.join(TINY[2:])}")
     assert make(checkout, *words).returncode == 0
     record, measured = (checkout / "out" / "digits" / f"lure-1{end}" for end in (".json", ".metrics.json"))
-    assert (checkout / "out" / "figure4-digits.png").exists()
+    assert all((checkout / "out" / f"{name}-digits.png").exists() for name in ("figure4", "figure5"))
     before = json.loads(measured.read_text())["ece"]
-    measured.unlink()
     record.with_suffix(".pt").unlink()
+    assert make(checkout, *words).returncode == 0
+    assert not record.with_suffix(".pt").exists()  # what was measured of it is still there
+    measured.unlink()
     assert make(checkout, *words).returncode == 0
     assert json.loads(measured.read_text())["ece"] == before
 
@@ -250,7 +252,7 @@ def test_the_runs_at_the_papers_protocol(checkout):
     runs, _ = planned(checkout, "-j2", "reproduce-table1", "IMAGENET=/imagenet")
     assert len(runs) == 3 * 9 * 3 and "results/paper/cifar100/fire-3.json" in runs
     of_imagenet = [line for file, line in runs.items() if "restricted" in file]
-    assert all("--mega-batches 3 --data /imagenet" in line for line in of_imagenet)
+    assert all("--data /imagenet --mega-batches 3 " in line for line in of_imagenet)
     everything = " ".join(runs.values())
     assert "--arch" not in everything and "--epochs" not in everything  # the defaults are the paper's
 
@@ -302,6 +304,11 @@ def test_the_small_scale_and_what_narrows_a_table(checkout):
     runs, _ = planned(checkout, *narrow)
     assert [*runs] == [f"x/cifar100/{m}+replay=buffer-7.json" for m in ("lure", "dash")]
     assert all("--seed 7 --lr 1 --out" in line for line in runs.values())
+    own, _ = planned(checkout, "reproduce-table3", "SCALE=small", "DATA=photos/cifar10")
+    assert all("--dataset folder --data photos/cifar10 " in line for line in own.values())
+    seven, _ = planned(checkout, "reproduce-table7", "METHODS=lure", "SEEDS=1")
+    assert len(seven) == 5 and not any("warm-start" in file for file in seven)
+    assert '--out "results/bench"' in make(checkout, "-n", "bench").stdout
     one, two = (planned(checkout, j, "reproduce-table3", "SEEDS=1")[1] for j in ("-j1", "-j2"))
     assert "/ 1 " in one and "/ 2 " in two  # the threads are divided
 
@@ -320,6 +327,22 @@ def test_make_without_what_it_needs_says_so(checkout, words, message):
     assert done.returncode == 2 and message in done.stderr and not (checkout / "results" / "small").exists()
 
 
+def test_the_papers_claims_are_about_runs_that_there_are():
+    paper = json.loads((ROOT / "results" / "paper.json").read_text())
+    options = {f.name for f in fields(baselines.Config)}
+    for claim in paper["claims"]:
+        assert claim["table"] in evaluate.SUBJECTS and isinstance(claim["higher"], bool)
+        for side in (claim["better"], claim["than"]):
+            methods = side["method"] if isinstance(side["method"], list) else [side["method"]]
+            assert set(methods) <= set(baselines.METHODS) and side.keys() <= options
+    assert {name for name in evaluate.SUBJECTS if name[-1].isdigit()} == {c["table"] for c in paper["claims"]}
+    numbers = {"dataset", "test_acc", "std", "cer", "gap", "mca"}
+    for printed in paper["tables"].values():
+        assert all(
+            row.keys() - numbers <= options and row["dataset"] in lure.DATASETS for row in printed["rows"]
+        )
+
+
 README = (ROOT / "README.md").read_text()
 
 
@@ -335,9 +358,9 @@ def test_reports_are_what_their_runs_say(tmp_path, monkeypatch):
     names = {name: (columns, None) for name, (columns, _) in evaluate.FIGURES.items()}  # without drawing
     monkeypatch.setattr(evaluate, "FIGURES", names)
     words = ["-n", "reproduce", "precision", "SCALE=small", "DATA=cifar10-jpeg"]
-    reports = re.findall(r"evaluate.py report --out (\S+) (.*?) &&", make(ROOT, *words).stdout)
-    there = {str(p.relative_to(ROOT)) for p in (ROOT / "results").glob("*/*.md") if p.parent.name != "bench"}
-    assert {out for out, _ in reports} == there
+    reports = re.findall(r"evaluate.py report --out (\S+) (.*)", make(ROOT, *words).stdout)
+    there = (path for scale in ("small", "precision") for path in (ROOT / "results" / scale).glob("*.md"))
+    assert {out for out, _ in reports} == {str(path.relative_to(ROOT)) for path in there}
     for out, files in reports:
         written = (tmp_path / out).resolve()
         text = evaluate.report(written, [ROOT / file for file in files.split()])
