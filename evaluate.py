@@ -474,7 +474,11 @@ def verdict(claim: dict, rows: list[Row]) -> tuple[str, str] | None:
     found = []
     for a, b in product((r for r in rows if fits(r, better)), (r for r in rows if fits(r, than))):
         if all(a.options[key] == b.options[key] for key in a.options.keys() - free):
-            what = [NAMES[b.method], *(f"{key.replace('_', '-')} {v}" for key, v in b.options.items())]
+            what = [
+                NAMES[a.method],
+                NAMES[b.method],
+                *(f"{key.replace('_', '-')} {v}" for key, v in b.options.items()),
+            ]
             for path in claim["metrics"]:
                 if differences := paired(a, b, *path):
                     found.append(([*what, str(path[-1])], differences))

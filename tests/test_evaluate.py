@@ -1,4 +1,5 @@
 import json
+import re
 from dataclasses import asdict
 
 import numpy as np
@@ -452,6 +453,11 @@ def test_a_claim_of_several_rows_compares_what_belongs_together():
     best = ACCURACY | {"better": LURE | {"t": 10}, "than": LURE | {"t": [20]}}  # as that of Table 7
     assert evaluate.verdict(best, rows)[0].startswith("-3.0")
     assert evaluate.verdict(claim | {"than": {"method": "sp"}}, rows) is None
+    several = [row("warm-start", [50, 50, 50]), row("lure", [52, 52, 52.1]), row("fisher", [49, 49, 49.1])]
+    text, word = evaluate.verdict(
+        ACCURACY | {"better": {"method": ["lure", "fisher"]}, "than": WARM}, several
+    )
+    assert word == "not held" and re.findall("([A-Za-z ]+):", text) == ["LURE", "LURE by Fisher"]
 
 
 def test_what_does_not_differ_at_all_has_no_say_in_a_claim():
