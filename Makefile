@@ -69,8 +69,10 @@ SCALE := paper
 $(if $(filter-out paper small precision demo,$(SCALE)),$(error SCALE: expected paper or small, not $(SCALE)))
 OUT = results/$(SCALE)
 ALL := $(addprefix table,1 2 3 4 5 6 7 8 9) $(addprefix figure,2 3 4 5 6) where-from cost
-methods := $(filter-out fisher magnitude random,$(shell sed -n '/^METHODS = {/,/^}/s/^    "\([a-z-]*\)".*/\1/p' baselines.py))
+methods := $(shell sed -n '/^METHODS = {/,/^}/s/^    "\([a-z-]*\)".*/\1/p' baselines.py)
+methods := $(filter-out fisher magnitude random,$(methods))
 paper := warm-start llf sp lure
+compared := $(if $(filter small,$(SCALE)),warm-start lure,$(paper))
 # Each of the methods $1, or those asked for, with each of the options $2; + stands for none.
 with = $(patsubst %+,%,$(foreach o,$2,$(addsuffix $o,$(or $(METHODS),$1))))
 
@@ -79,6 +81,8 @@ with = $(patsubst %+,%,$(foreach o,$2,$(addsuffix $o,$(or $(METHODS),$1))))
 base.demo := --image-size 16 --arch small --mega-batches 4 --epochs 10
 base.precision := --precision bfloat16 --mega-batches 4 --limit 1136 --limit-test 1000 --epochs 10
 base.small := --arch small --limit 2272 --limit-test 2000 --epochs 10
+besides.paper := warm-start+gamma=1
+besides.small := warm-start+gamma=1 warm-start+precision=float32
 four.paper := +mega-batches=4
 four.small := +mega-batches=4+limit=1136
 four = $(four.$(SCALE))
@@ -91,28 +95,31 @@ shots.small := $(addprefix +shots=27+epochs=20+mega-batches=,5 10)
 archs.paper := $(four.paper) $(addprefix $(four.paper)+arch=,resnet50 wide_resnet50_2 vgg16_bn)
 archs.small := $(addprefix +mega-batches=4+limit=568+image-size=16+arch=,resnet18 resnet50 wide_resnet50_2 vgg16_bn)
 # The paper's grid is not printed, but for the rate 0.005 with the decay 0.001.
-rates.paper := $(subst ++,+,$(foreach w,+ +weight-decay=0.0005 +weight-decay=0.001,$(addsuffix $(w:+=),+ +lr=0.05 +lr=0.01 +lr=0.005)))
+decays := + +weight-decay=0.0005 +weight-decay=0.001
+rates.paper := $(subst ++,+,$(foreach w,$(decays),$(addsuffix $(w:+=),+ +lr=0.05 +lr=0.01 +lr=0.005)))
 rates.small := + +weight-decay=0.001 +lr=0.005 +lr=0.005+weight-decay=0.001
+shares := lure+keep=0.95 lure+keep=0.9 lure lure+keep=0.7 lure+keep=0.6
+recipes := + +select=best-val +gamma=1 +gamma=1+select=best-val
 epochs.paper := +epochs=5 +epochs=10 +epochs=20 +
 epochs.small := +epochs=5 + +epochs=20
 four_with = $(patsubst %+,%,$(addprefix $(four),$1))
 
 demo = $(call with,$(methods),+)
-table1 = $(call with,$(methods),+) $(if $(METHODS),,warm-start+gamma=1 $(if $(filter small,$(SCALE)),warm-start+precision=float32))
+table1 = $(call with,$(methods),+) $(if $(METHODS),,$(besides.$(SCALE)))
 table2 = $(call with,$(methods),$(buffer.$(SCALE)))
 table3 = $(call with,$(methods),+replay=none)
 table4 = $(call with,$(paper),$(long.$(SCALE)))
 table5 = $(call with,$(paper),$(shots.$(SCALE)))
-table6 = $(call with,$(if $(filter small,$(SCALE)),warm-start lure,$(paper)),$(archs.$(SCALE)))
-table7 = $(filter $(or $(addsuffix %,$(METHODS)),%),warm-start lure+keep=0.95 lure+keep=0.9 lure lure+keep=0.7 lure+keep=0.6)
+table6 = $(call with,$(compared),$(archs.$(SCALE)))
+table7 = $(filter $(or $(addsuffix %,$(METHODS)),%),warm-start $(shares))
 table8 = $(call with,warm-start fisher magnitude lure random,$(four))
 table9 = $(call with,$(paper),$(call four_with,+ +label-noise=0.2 +label-noise=0.4))
 figure2 = $(call with,$(methods),+)
 figure3 = $(figure2) $(table9)
 figure4 = $(figure2)
 figure5 = $(figure2)
-figure6 = $(call with,$(if $(filter small,$(SCALE)),warm-start lure,$(paper)),$(call four_with,$(rates.$(SCALE))))
-where-from = $(call with,warm-start lure random scratch,$(call four_with,+ +select=best-val +gamma=1 +gamma=1+select=best-val))
+figure6 = $(call with,$(compared),$(call four_with,$(rates.$(SCALE))))
+where-from = $(call with,warm-start lure random scratch,$(call four_with,$(recipes)))
 cost = $(call with,warm-start lure sp scratch,$(call four_with,$(epochs.$(SCALE))))
 precision = warm-start warm-start+precision=float32
 
@@ -163,7 +170,8 @@ endef
 
 define run
 $(threads) $(PYTHON) baselines.py --dataset $(or $(call known,$(dataset)),folder) --data $(call place,$(dataset)) \
-    $(if $(filter restricted-imagenet,$(dataset)),--mega-batches 3) $(base.$(SCALE)) --method $(firstword $(row)) $(addprefix --,$(wordlist 2,99,$(row))) --seed $(seed) $(ARGS) \
+    $(if $(filter restricted-imagenet,$(dataset)),--mega-batches 3) $(base.$(SCALE)) \
+    --method $(firstword $(row)) $(addprefix --,$(wordlist 2,99,$(row))) --seed $(seed) $(ARGS) \
     --out $(dir $@)$(name).json --checkpoint $(dir $@)$(name).pt
 endef
 $(sort $(RUNS)): | $(READY) $(if $(MISSING),prepare)
