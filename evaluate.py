@@ -422,14 +422,17 @@ def is_of(row: Row, published: dict) -> bool:
 def table(rows: list[Row], columns: list[Column], published: list[dict]) -> str:
     """Markdown: the rows, the paper's numbers beside those that they fit best, then what else it has."""
     published = [p for p in published if any(column.printed in p for column in columns)]
-    printed = {column for column in columns if any(column.printed in p for p in published)}
     beside, rest = {}, []
     for p in published:
-        fitting = [row for row in rows if is_of(row, p)]
-        if fitting:  # the row with the fewest options of its own
-            beside[min(fitting, key=lambda row: len(row.named)).label] = p
+        if fitting := [row for row in rows if is_of(row, p)]:
+            best = min(fitting, key=lambda row: len(row.named))
+            tested = 3_450 if p["dataset"] == "restricted-imagenet" else 10_000
+            other = {"cer"} if best.records[0]["data"]["test"] != tested else {}  # a count of other images
+            beside[best.label] = {key: value for key, value in p.items() if key not in other}
         else:
             rest.append((Row(p["method"], p, {}, []), p))
+    entries = [*((row, beside.get(row.label, {})) for row in rows), *rest]
+    printed = {column for column in columns if any(column.printed in p for _, p in entries)}
 
     options = [*rows[0].options]
     head = ["Method", *(key.replace("_", "-") for key in options), "Seeds"]
@@ -437,7 +440,7 @@ def table(rows: list[Row], columns: list[Column], published: list[dict]) -> str:
         head += [column.title] + ["paper"] * (column in printed)
         head += [f"{column.title.split(',')[0]} − warm start's [95 %]"] * column.paired
     lines = [head, [":---"] + ["---:"] * (len(head) - 1)]
-    for row, p in [*((row, beside.get(row.label, {})) for row in rows), *rest]:
+    for row, p in entries:
         n, shown = len(row.records), [row.options.get(key) for key in options]
         cells = [
             NAMES[row.method],
@@ -520,8 +523,6 @@ def report(out: Path, paths: list[Path]) -> str:
         rows = load_rows([path for path in paths if path.resolve().parent.name == dataset])
         known = next((n for n in ("cifar100", "cifar10", "restricted-imagenet") if dataset.startswith(n)), "")
         printed, title = [p for p in published if p["dataset"] == known], TITLES.get(dataset, dataset)
-        if rows[0].records[0]["data"]["test"] != (3_450 if known == "restricted-imagenet" else 10_000):
-            printed = [{k: v for k, v in p.items() if k != "cer"} for p in printed]  # a count of other images
         needed = [column.path for column in columns if column.path[0] != "totals"]
         measured = [r for r in rows if all(len(r.values(*path)) == len(r.records) for path in needed)]
         if not measured:
