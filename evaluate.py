@@ -386,11 +386,10 @@ def interval(values: list[float]) -> tuple[float, float]:
     return mean - half, mean + half
 
 
-def with_interval(differences: list[float]) -> str:
-    digits = 2 if abs(statistics.fmean(differences)) < 100 else 0  # points, or a count
-    mean, *ends = statistics.fmean(differences), *(interval(differences) if len(differences) > 1 else ())
-    shown = [f"{x:+.{digits}f}" for x in (mean, *ends)]
-    return shown[0] + (f" [{', '.join(shown[1:])}]" if ends else "")
+def with_interval(differences: list[float], digits: int = 2) -> str:
+    ends = interval(differences) if len(differences) > 1 else ()
+    mean, *ends = [f"{x:+.{digits}f}" for x in (statistics.fmean(differences), *ends)]
+    return f"{mean} [{', '.join(ends)}]" if ends else mean
 
 
 def spread(values: list[float], digits: int = 2) -> str:
@@ -456,7 +455,7 @@ def table(rows: list[Row], columns: list[Column], published: list[dict]) -> str:
             if column.paired:
                 other = warm_start_of(row, rows)
                 differences = paired(row, other, *column.path) if other else []
-                cells.append(with_interval(differences) if differences else "–")
+                cells.append(with_interval(differences, column.digits) if differences else "–")
         lines.append(cells)
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
@@ -484,14 +483,15 @@ def verdict(claim: dict, rows: list[Row]) -> tuple[str, str] | None:
             ]
             for path in claim["metrics"]:
                 if differences := paired(a, b, *path):
-                    found.append(([*what, str(path[-1])], differences))
+                    text = with_interval(differences, 0 if path[-1] == "cer" else 2)
+                    found.append(([*what, str(path[-1])], text, differences))
     if not found:
         return None
-    telling = [len({*words}) > 1 for words in zip(*(what for what, _ in found), strict=True)]
+    telling = [len({*words}) > 1 for words in zip(*(what for what, *_ in found), strict=True)]
     texts, words = [], set()
-    for what, differences in found:
+    for what, text, differences in found:
         label = ", ".join(compress(what, telling))
-        texts.append(f"{label}: {with_interval(differences)}" if label else with_interval(differences))
+        texts.append(f"{label}: {text}" if label else text)
         low, high = interval(differences) if len(differences) > 2 else (-math.inf, math.inf)
         low, high = (low, high) if claim["higher"] else (-high, -low)
         if any(differences):
