@@ -123,7 +123,7 @@ where-from = $(call with,warm-start lure random scratch,$(call four_with,$(recip
 cost = $(call with,warm-start lure sp scratch,$(call four_with,$(epochs.$(SCALE))))
 precision = warm-start warm-start+precision=float32
 
-# One seed where three would make all of the small scale take much more than 100 minutes on two cores.
+# One seed where three would take too long: as it is, the small scale takes two to three hours on two cores.
 seeds.small.table4 := 1
 seeds.small.table6 := 1
 seeds.small.figure6 := 1

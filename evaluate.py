@@ -535,7 +535,7 @@ def report(out: Path, paths: list[Path]) -> str:
             figure.suptitle(f"{headline(name)} ({scale}, {title})", fontsize=9)
             save = partial(figure.savefig, format="png", dpi=130)
             lure.write(out.with_name(f"{name}-{dataset}.png"), save)
-        parts.append(f"{caption(title, measured)}\n\n{table(measured, columns, printed)}")
+        parts.append(f"{caption(title, measured, columns)}\n\n{table(measured, columns, printed)}")
         for claim in paper["claims"]:
             if claim["table"] == name and (result := verdict(claim, rows)):
                 cells = [claim["claim"], headline(name).split(":")[0], f"{scale}, {title}", *result]
@@ -549,7 +549,7 @@ def headline(name: str) -> str:
     return f"{re.sub(r'(?<=e)(?=[0-9])', ' ', name).capitalize()}: {SUBJECTS.get(name, 'runs')}"
 
 
-def caption(title: str, rows: list[Row]) -> str:
+def caption(title: str, rows: list[Row], columns: list[Column]) -> str:
     records = [record for row in rows for record in row.records]
     config, data = records[0]["config"], records[0]["data"]
     words = {
@@ -561,7 +561,9 @@ def caption(title: str, rows: list[Row]) -> str:
     words = [text for key, text in words.items() if key not in rows[0].options]
     sizes = sorted({(r["data"]["train"], r["data"]["test"]) for r in records})
     words += [f"{' or '.join(str(n) for n, _ in sizes)} training and {data['test']} test images"]
-    if "images_per_severity" in records[0]:
+    if config["image_size"]:
+        words += [f"{config['image_size']}×{config['image_size']} pixels"]
+    if any(column.path[0] == "corruptions" for column in columns):
         words += [
             f"{records[0]['images_per_severity']} images of CIFAR-10-C for each corruption and severity"
         ]
@@ -684,10 +686,10 @@ def rates(figure, rows, published, others):
             text = spread(values, 1) + "".join(printed)
             axes.text(j, i, text, ha="center", va="center", fontsize=8, color=color)
         axes.imshow(grid.numpy(), cmap="Greys", vmin=min(means), vmax=max(means), aspect="auto")
-        axes.set(title=NAMES[method], xlabel="learning rate")
+        axes.set(title=f"{NAMES[method]}: test accuracy, %", xlabel="learning rate")
         axes.set_xticks(range(len(lrs)), [f"{lr:g}" for lr in lrs])
         axes.set_yticks(range(len(decays)), [f"{decay:g}" for decay in decays])
-    panels[0].set_ylabel("weight decay; in the cells: test accuracy, %")
+    panels[0].set_ylabel("weight decay")
 
 
 def cost(figure, rows, published, others):
