@@ -433,7 +433,7 @@ def table(rows: list[Row], columns: list[Column], published: list[dict]) -> str:
     entries = [*((row, beside.get(row.label, {})) for row in rows), *rest]
     printed = {column for column in columns if any(column.printed in p for _, p in entries)}
 
-    options = [*rows[0].options]
+    options = [key for key in rows[0].options if len({str(row.options[key]) for row in rows}) > 1]
     head = ["Method", *(key.replace("_", "-") for key in options), "Seeds"]
     for column in columns:
         head += [column.title] + ["paper"] * (column in printed)

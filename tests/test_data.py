@@ -210,7 +210,9 @@ def test_the_real_images_train_and_are_measured(real, tmp_path):
     assert totals["test_accuracy"] > 15  # chance is 10
     few = ["--epsilons", "4", "--sigmas", "0.01", "--cache", str(tmp_path / "cache")]
     corruptions = ["--corruptions", str(real / "cifar10c-sample")]
-    assert evaluate.main(["metrics", str(tmp_path / "lure-1.pt"), *few, *corruptions]) == 0
+    for more in ([], corruptions):
+        assert evaluate.main(["metrics", str(tmp_path / "lure-1.pt"), *few, *more]) == 0
+    corrupted = json.loads((tmp_path / "lure-1.corruptions.json").read_text())["corruptions"]
+    assert len(corrupted) == 19 + 1 and 5 < corrupted["mean"] < 100
     found = json.loads((tmp_path / "lure-1.metrics.json").read_text())
-    assert len(found["corruptions"]) == 19 + 1 and 5 < found["corruptions"]["mean"] < 100
     assert found["pgd"]["4/255"] < found["accuracy"]

@@ -225,11 +225,11 @@ def test_make_runs_what_is_missing_and_nothing_else(checkout):
 
 
 def test_make_measures_checkpoints_and_makes_them_again_where_they_are_gone(checkout):
-    words = ["runs", "TABLES=figure4 figure5", "OUT=out", "DATASETS=digits", "METHODS=lure", "SEEDS=1"]
+    words = ["runs", "TABLES=figure4", "OUT=out", "DATASETS=digits", "METHODS=lure", "SEEDS=1"]
     words.append(f"ARGS={' '.join(TINY[2:])}")
     assert make(checkout, *words).returncode == 0
     record, measured = (checkout / "out" / "digits" / f"lure-1{end}" for end in (".json", ".metrics.json"))
-    assert all((checkout / "out" / f"{name}-digits.png").exists() for name in ("figure4", "figure5"))
+    assert (checkout / "out" / "figure4-digits.png").exists()
     before = json.loads(measured.read_text())["ece"]
     record.with_suffix(".pt").unlink()
     assert make(checkout, *words).returncode == 0
