@@ -102,7 +102,6 @@ shares := lure+keep=0.95 lure+keep=0.9 lure lure+keep=0.7 lure+keep=0.6
 recipes := + +select=best-val +gamma=1 +gamma=1+select=best-val
 epochs.paper := +epochs=5 +epochs=10 +epochs=20 +
 epochs.small := +epochs=5 + +epochs=20
-four_with = $(patsubst %+,%,$(addprefix $(four),$1))
 
 demo = $(call with,$(methods),+)
 table1 = $(call with,$(methods),+) $(if $(METHODS),,$(besides.$(SCALE)))
@@ -113,14 +112,14 @@ table5 = $(call with,$(paper),$(shots.$(SCALE)))
 table6 = $(call with,$(compared),$(archs.$(SCALE)))
 table7 = $(filter $(or $(addsuffix %,$(METHODS)),%),warm-start $(shares))
 table8 = $(call with,warm-start fisher magnitude lure random,$(four))
-table9 = $(call with,$(paper),$(call four_with,+ +label-noise=0.2 +label-noise=0.4))
+table9 = $(call with,$(paper),$(addprefix $(four),+ +label-noise=0.2 +label-noise=0.4))
 figure2 = $(call with,$(methods),+)
 figure3 = $(figure2) $(table9)
 figure4 = $(figure2)
 figure5 = $(figure2)
-figure6 = $(call with,$(compared),$(call four_with,$(rates.$(SCALE))))
-where-from = $(call with,warm-start lure random scratch,$(call four_with,$(recipes)))
-cost = $(call with,warm-start lure sp scratch,$(call four_with,$(epochs.$(SCALE))))
+figure6 = $(call with,$(compared),$(addprefix $(four),$(rates.$(SCALE))))
+where-from = $(call with,warm-start lure random scratch,$(addprefix $(four),$(recipes)))
+cost = $(call with,warm-start lure sp scratch,$(addprefix $(four),$(epochs.$(SCALE))))
 precision = warm-start warm-start+precision=float32
 
 # One seed where three would take too long: as it is, the small scale takes two to three hours on two cores.

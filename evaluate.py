@@ -392,10 +392,14 @@ def with_interval(differences: list[float], digits: int = 2) -> str:
     return f"{mean} [{', '.join(ends)}]" if ends else mean
 
 
+def mean_and_error(values: list[float]) -> tuple[float, float]:
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
 def spread(values: list[float], digits: int = 2) -> str:
     """Mean ± sample standard deviation, the latter from two values on that are not all the same."""
-    mean = f"{statistics.fmean(values):.{digits}f}"
-    return mean + (f" ± {statistics.stdev(values):.{digits}f}" if len({*values}) > 1 else "")
+    mean, error = mean_and_error(values)
+    return f"{mean:.{digits}f}" + (f" ± {error:.{digits}f}" if error else "")
 
 
 def warm_start_of(row: Row, rows: list[Row]) -> Row | None:
@@ -413,9 +417,18 @@ def warm_start_of(row: Row, rows: list[Row]) -> Row | None:
     return max(fitting, key=lambda other: len(other.named), default=None)
 
 
+def fits(row: Row, wanted: dict) -> bool:
+    return all(row.config[k] in (v if isinstance(v, list) else [v]) for k, v in wanted.items())
+
+
 def is_of(row: Row, published: dict) -> bool:
     shared = published.keys() & row.config.keys() - {"dataset"}
-    return all(row.config[key] == published[key] for key in shared)
+    return fits(row, {key: published[key] for key in shared})
+
+
+def differing(rows: list[Row]) -> list[str]:
+    """The options in which these rows differ; of all rows that were read, others may differ in more."""
+    return [key for key in rows[0].options if len({str(row.options[key]) for row in rows}) > 1]
 
 
 def table(rows: list[Row], columns: list[Column], published: list[dict]) -> str:
@@ -433,7 +446,7 @@ def table(rows: list[Row], columns: list[Column], published: list[dict]) -> str:
     entries = [*((row, beside.get(row.label, {})) for row in rows), *rest]
     printed = {column for column in columns if any(column.printed in p for _, p in entries)}
 
-    options = [key for key in rows[0].options if len({str(row.options[key]) for row in rows}) > 1]
+    options = differing(rows)
     head = ["Method", *(key.replace("_", "-") for key in options), "Seeds"]
     for column in columns:
         head += [column.title] + ["paper"] * (column in printed)
@@ -458,10 +471,6 @@ def table(rows: list[Row], columns: list[Column], published: list[dict]) -> str:
                 cells.append(with_interval(differences, column.digits) if differences else "–")
         lines.append(cells)
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
-
-
-def fits(row: Row, wanted: dict) -> bool:
-    return all(row.config[k] in (v if isinstance(v, list) else [v]) for k, v in wanted.items())
 
 
 def verdict(claim: dict, rows: list[Row]) -> tuple[str, str] | None:
@@ -516,7 +525,7 @@ def report(out: Path, paths: list[Path]) -> str:
     columns, draw = FIGURES.get(name, (MAIN, None))
     parts, lines = [], []
     paths = [p for path in paths for p in (sorted(path.glob("*-*.json")) if path.is_dir() else [path])]
-    paths = [p for p in dict.fromkeys(paths) if not p.name.endswith((".metrics.json", ".corruptions.json"))]
+    paths = [path for path in dict.fromkeys(paths) if not path.name.endswith(tuple(MEASURED))]
     if not paths:
         raise DataError("expected records of runs, METHOD+OPTION=VALUE+…-SEED.json; found none")
     for dataset in dict.fromkeys(path.resolve().parent.name for path in paths):
@@ -558,7 +567,7 @@ def caption(title: str, rows: list[Row], columns: list[Column]) -> str:
         "epochs": f"{config['epochs']} epochs each",
         "replay": f"replay {config['replay']}",
     }
-    words = [text for key, text in words.items() if key not in rows[0].options]
+    words = [text for key, text in words.items() if key not in differing(rows)]
     sizes = sorted({(r["data"]["train"], r["data"]["test"]) for r in records})
     words += [f"{' or '.join(str(n) for n, _ in sizes)} training and {data['test']} test images"]
     if config["image_size"]:
@@ -586,10 +595,6 @@ def draw_line(axes, x, samples: list[list[float]], i: int, **look) -> None:
     means, errors = zip(*(mean_and_error(s) for s in samples), strict=True)
     axes.errorbar(x, means, errors, ms=4, lw=1.2, capsize=2, **look)
     axes.legend(fontsize=7)
-
-
-def mean_and_error(values: list[float]) -> tuple[float, float]:
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def by_method(rows: list[Row]) -> dict[str, list[Row]]:
@@ -711,10 +716,7 @@ FIGURES = {  # its columns, and how it is drawn
     "table1": (MAIN, anytime),
     "figure2": ([Column("mCA, %", ("corruptions", "mean"), printed="mca", paired=True)], corruption_bars),
     "figure3": (ATTACKS, attack_and_noise),
-    "figure4": (
-        [Column("ECE, %", ("ece",), paired=True)],
-        reliability,
-    ),
+    "figure4": ([Column("ECE, %", ("ece",), paired=True)], reliability),
     "figure5": (NOISES, weight_noise),
     "figure6": (MAIN, rates),
     "cost": (MAIN, cost),
