@@ -9,7 +9,6 @@ changes the model in place between two mega-batches and returns its mask (True: 
 
 import contextlib
 import inspect
-import math
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -32,14 +31,14 @@ def scratch_(model, pi, seen, fresh, generator) -> None:
 
 
 # ------------------------------------------------------------ Every weight a little
-@torch.no_grad()
 def shrink_and_perturb_(model, pi, seen, fresh, generator, shrink=0.4, noise=0.001) -> None:
     """θ ← shrink · θ + noise · θ_fresh for every parameter (Ash & Adams 2020, arXiv 1910.08475).
 
     θ_fresh is a newly initialised network. Defaults: LURE's (Appendix A.2); the method's own are 0.4, 0.1.
     """
-    for p, new in zip(model.parameters(), fresh().parameters(), strict=True):
-        p.mul_(shrink).add_(new, alpha=noise)
+    with torch.no_grad():
+        for p, new in zip(model.parameters(), fresh().parameters(), strict=True):
+            p.mul_(shrink).add_(new, alpha=noise)
 
 
 def dash_(model, pi, seen, fresh, generator, alpha=0.3, floor=0.3) -> None:
@@ -65,7 +64,6 @@ def dash_(model, pi, seen, fresh, generator, alpha=0.3, floor=0.3) -> None:
             p.mul_(cosine.clamp(floor, 1).view(*groups, *[1] * (p.ndim - len(groups))))
 
 
-@torch.no_grad()
 def fire_(model, pi, seen, fresh, generator, steps=10) -> None:
     """Move every weight matrix towards a semi-orthogonal one (FIRE, Han et al. 2026, arXiv 2602.08040).
 
@@ -73,15 +71,16 @@ def fire_(model, pi, seen, fresh, generator, steps=10) -> None:
     out × in, and each of the k · k spatial slices of a convolution; W becomes √(out / in) / (k · k) · X.
     No data. In ten steps, the method's default, small singular values do not arrive.
     """
-    for m in model.modules():
-        if isinstance(m, (nn.Conv2d, nn.Linear)):
-            w = m.weight.reshape(*m.weight.shape[:2], -1).permute(2, 0, 1)  # (k · k, out, in)
-            x = w / w.norm(dim=(1, 2), keepdim=True).clamp(min=torch.finfo(w.dtype).tiny)
-            for _ in range(steps):
-                gram = x @ x.mT if x.shape[1] <= x.shape[2] else x.mT @ x  # the smaller of the two
-                x = 1.5 * x - 0.5 * (gram @ x if x.shape[1] <= x.shape[2] else x @ gram)
-            scale = (w.shape[1] / w.shape[2]) ** 0.5 / len(w)
-            m.weight.copy_((scale * x).permute(1, 2, 0).reshape(m.weight.shape))
+    with torch.no_grad():
+        for m in model.modules():
+            if isinstance(m, (nn.Conv2d, nn.Linear)):
+                w = m.weight.reshape(*m.weight.shape[:2], -1).permute(2, 0, 1)  # (k · k, out, in)
+                x = w / w.norm(dim=(1, 2), keepdim=True).clamp(min=torch.finfo(w.dtype).tiny)
+                for _ in range(steps):
+                    gram = x @ x.mT if x.shape[1] <= x.shape[2] else x.mT @ x  # the smaller of the two
+                    x = 1.5 * x - 0.5 * (gram @ x if x.shape[1] <= x.shape[2] else x @ gram)
+                scale = (w.shape[1] / w.shape[2]) ** 0.5 / len(w)
+                m.weight.copy_((scale * x).permute(1, 2, 0).reshape(m.weight.shape))
 
 
 # ------------------------------------------------------------ Some layers wholly
@@ -90,6 +89,7 @@ def later_layer_forgetting_(model, pi, seen, fresh, generator) -> None:
 
     Blocks 3 and 4 of a ResNet (Appendix A.2); of VGG the last two convolution stages and the classifier.
     """
+    prefixes: tuple[str, ...]
     if hasattr(model, "layer4"):
         prefixes = ("layer3.", "layer4.")
     elif isinstance(features := getattr(model, "features", None), nn.Sequential):
@@ -106,11 +106,11 @@ def reset_classifier_(model, pi, seen, fresh, generator) -> None:
     redraw_layers_(model, fresh(), (f"{last}.",))
 
 
-@torch.no_grad()
 def redraw_layers_(model, new, prefixes: tuple[str, ...]) -> None:
-    for (name, p), q in zip(model.named_parameters(), new.parameters(), strict=True):
-        if name.startswith(prefixes):
-            p.copy_(q)
+    with torch.no_grad():
+        for (name, p), q in zip(model.named_parameters(), new.parameters(), strict=True):
+            if name.startswith(prefixes):
+                p.copy_(q)
 
 
 # ------------------------------------------------------------ LURE with another criterion (Table 8)
@@ -178,7 +178,7 @@ def evaluating(model: nn.Module):
 
 # ------------------------------------------------------------ Command line
 
-METHODS = {
+METHODS: dict[str, lure.Method] = {
     "warm-start": warm_start,
     "llf": later_layer_forgetting_,
     "sp": shrink_and_perturb_,
@@ -199,12 +199,12 @@ class Config(lure.Config):
     set: tuple[str, ...] = lure.option((), "the method's own settings, as in --set shrink=0.4 noise=0.1")
 
 
-def method(config: Config):
+def method(config: Config) -> lure.Method:
     """The method that the configuration names, with its own settings. ValueError for one it does not have."""
     function = METHODS[config.method]
     own = {name: p.default for name, p in list(inspect.signature(function).parameters.items())[5:]}
     own.pop("keep", None)  # that is an option of its own, which `lure.run` hands over
-    given = {}
+    given: dict = {}
     for setting in config.set:
         key, _, text = setting.partition("=")
         if key not in own:
@@ -216,8 +216,8 @@ def method(config: Config):
             given[key] = kind(text)
         except ValueError as error:
             raise ValueError(f"--set {setting}: expected {key}=<{kind.__name__}>") from error
-        if not (kind is int) <= given[key] < math.inf:
-            raise ValueError(f"--set {setting}: expected a number, at least {int(kind is int)}")
+        if not (kind is int) <= given[key] <= 1e9:
+            raise ValueError(f"--set {setting}: expected a number from {int(kind is int)} to 1e9")
     return partial(function, **given)
 
 

@@ -15,7 +15,7 @@ import sys
 from functools import partial
 from itertools import compress, product
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -66,10 +66,9 @@ def pgd_attack(model, images, labels, epsilon, steps=10, step_size=None, generat
     return attacked
 
 
-@torch.inference_mode()
 def predict(model: nn.Module, images: Tensor, chunk: int = 128) -> Tensor:
     """Logits (N, classes) of float images (N, C, H, W) in [0, 1], in evaluation mode."""
-    with evaluating(model):
+    with torch.inference_mode(), evaluating(model):
         return torch.cat([model(part) for part in images.split(chunk)])
 
 
@@ -120,41 +119,41 @@ def load_array(path: Path) -> Tensor:
         raise DataError(f"{path}: expected an array of CIFAR-10-C ({error})") from error
 
 
-@torch.no_grad()
 def weight_noise_accuracy(model, images, labels, sigmas, repeats=3, generator=None) -> list[float]:
     """Accuracy in percent for each σ of `sigmas`, with N(0, σ²) added to every parameter (section 7.2).
 
     The mean over `repeats` draws, made on the generator's device. `images` (N, C, H, W) float in [0, 1]. The
     parameters are put back bit by bit.
     """
-    saved, results = [p.clone() for p in model.parameters()], []
-    try:
-        for sigma in sigmas:
-            runs = []
-            for _ in range(repeats):
-                for p, original in zip(model.parameters(), saved, strict=True):
-                    noise = torch.randn(p.shape, generator=generator, device=(generator or p).device)
-                    p.copy_(original + sigma * noise.to(p))
-                runs.append(accuracy(model, images, labels))
-            results.append(statistics.fmean(runs))
-    finally:
-        for p, original in zip(model.parameters(), saved, strict=True):
-            p.copy_(original)
-    return results
+    with torch.no_grad():
+        saved, results = [p.clone() for p in model.parameters()], []
+        try:
+            for sigma in sigmas:
+                runs = []
+                for _ in range(repeats):
+                    for p, original in zip(model.parameters(), saved, strict=True):
+                        noise = torch.randn(p.shape, generator=generator, device=(generator or p).device)
+                        p.copy_(original + sigma * noise.to(p))
+                    runs.append(accuracy(model, images, labels))
+                results.append(statistics.fmean(runs))
+        finally:
+            for p, original in zip(model.parameters(), saved, strict=True):
+                p.copy_(original)
+        return results
 
 
 # ------------------------------------------------------------ A checkpoint's metrics
 def load_checkpoint(path: Path, device: torch.device) -> tuple[nn.Module, dict]:
     """The network and the configuration of a checkpoint that `lure.run` wrote. DataError if it is none."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = lure.load(path)
         config, classes = checkpoint["config"], checkpoint["classes"]
         mean, std, *_ = lure.PREPROCESSING[config["dataset"]]
         model = lure.build_model(config["arch"], len(classes), len(mean), mean, std)
         model.load_state_dict(checkpoint["weights"])
-    except Exception as error:  # a foreign file can make unpickling raise anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"{path}: expected a checkpoint that --checkpoint wrote ({reason})") from error
+    except Exception as error:
+        kind = type(error).__name__
+        raise DataError(f"{path}: expected a checkpoint that --checkpoint wrote ({kind})") from error
     return model.to(device, memory_format=torch.channels_last), config | {"classes": classes}
 
 
@@ -247,7 +246,7 @@ class Row(NamedTuple):
         """Seed → what the path leads to in the record, where it was measured."""
         found = {}
         for record in self.records:
-            value = record
+            value: Any = record
             for key in path:
                 value = value.get(key) if isinstance(value, dict) else value[key]
                 if value is None:
@@ -345,7 +344,8 @@ def load_rows(paths: list[Path]) -> list[Row]:
 
     Two runs may differ in their seed, their method and the options that the name of one of them tells.
     """
-    records, apart = [load_record(path) for path in paths], {}
+    records = [load_record(path) for path in paths]
+    apart: dict = {}
     for key in records[0]["options"]:
         having = [r for r in records if r["options"].get(key) is not None]
         for record in having:
@@ -387,8 +387,8 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 
 def with_interval(differences: list[float], digits: int = 2) -> str:
-    ends = interval(differences) if len(differences) > 1 else ()
-    mean, *ends = [f"{x:+.{digits}f}" for x in (statistics.fmean(differences), *ends)]
+    numbers = [statistics.fmean(differences), *(interval(differences) if len(differences) > 1 else ())]
+    mean, *ends = [f"{x:+.{digits}f}" for x in numbers]
     return f"{mean} [{', '.join(ends)}]" if ends else mean
 
 
@@ -466,8 +466,8 @@ def table(rows: list[Row], columns: list[Column], published: list[dict]) -> str:
                 number = p.get(column.printed, "–")
                 cells.append(number if isinstance(number, str) else f"{number:.{column.digits}f}")
             if column.paired:
-                other = warm_start_of(row, rows)
-                differences = paired(row, other, *column.path) if other else []
+                warm_start = warm_start_of(row, rows)
+                differences = paired(row, warm_start, *column.path) if warm_start else []
                 cells.append(with_interval(differences, column.digits) if differences else "–")
         lines.append(cells)
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
@@ -561,13 +561,13 @@ def headline(name: str) -> str:
 def caption(title: str, rows: list[Row], columns: list[Column]) -> str:
     records = [record for row in rows for record in row.records]
     config, data = records[0]["config"], records[0]["data"]
-    words = {
+    same = {
         "arch": config["arch"],
         "mega_batches": f"{config['mega_batches']} mega-batches",
         "epochs": f"{config['epochs']} epochs each",
         "replay": f"replay {config['replay']}",
     }
-    words = [text for key, text in words.items() if key not in differing(rows)]
+    words = [text for key, text in same.items() if key not in differing(rows)]
     sizes = sorted({(r["data"]["train"], r["data"]["test"]) for r in records})
     words += [f"{' or '.join(str(n) for n, _ in sizes)} training and {data['test']} test images"]
     if config["image_size"]:
@@ -645,8 +645,9 @@ def attack_and_noise(figure, rows, published, others):
         samples = [row.values("totals", "test_accuracy") for row in group]
         draw_line(right, x, samples, order.index(method), label=NAMES[method])
         if printed := [(p["label_noise"], [p["test_acc"]]) for p in published if p["method"] == method]:
-            look = {"mfc": "none", "ls": "", "label": f"{NAMES[method]}, printed in the paper"}
-            draw_line(right, *zip(*printed, strict=True), order.index(method), **look)
+            x, samples = map(list, zip(*printed, strict=True))
+            label = f"{NAMES[method]}, printed in the paper"
+            draw_line(right, x, samples, order.index(method), mfc="none", ls="", label=label)
 
 
 def reliability(figure, rows, published, others):
@@ -656,8 +657,10 @@ def reliability(figure, rows, published, others):
     left.set(xlabel="confidence", ylabel="accuracy, all seeds together", xlim=(0, 1), ylim=(0, 1))
     for i, row in enumerate(rows):
         bins = [{k: torch.tensor(v) for k, v in b.items()} for b in row.values("reliability")]
-        count = sum(b["count"] for b in bins)
-        x, y = (sum(b["count"] * b[k] for b in bins) / count for k in ("confidence", "accuracy"))
+        count = torch.stack([b["count"] for b in bins]).sum(0)
+        x, y = (
+            torch.stack([b["count"] * b[k] for b in bins]).sum(0) / count for k in ("confidence", "accuracy")
+        )
         draw_line(left, x[count > 0], [[v] for v in y[count > 0].tolist()], i, label=row.label)
         mean, error = mean_and_error(row.values("ece"))
         right.bar(i, mean, yerr=error, capsize=3, color="0.75", ec="black")

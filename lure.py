@@ -9,12 +9,14 @@ learned, keeps the top 80 %, redraws the others, and trains on: Algorithm 1 of t
 
     python lure.py --dataset digits --image-size 16 --arch small --mega-batches 4 --epochs 10    # on a laptop
     python lure.py --dataset cifar10 --out lure-1.json                             # the paper's protocol
+    torchrun --nproc-per-node=2 lure.py --dataset cifar10 --out lure-1.json        # the same on two GPUs
 
 The functions from `mega_batches` to `expected_calibration_error` lift out with the imports that they use.
 """
 
 import argparse
 import copy
+import glob
 import hashlib
 import inspect
 import json
@@ -25,7 +27,8 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
@@ -33,13 +36,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
 
 # ------------------------------------------------------------ Settings: this dataclass is the command line
-def option(default, help, choices=(), low=0, high=sys.float_info.max):
+def option(default, help, choices=(), low=0, high=1e18):
     return field(default=default, metadata=dict(help=help, choices=choices, low=low, high=high))
 
 
@@ -55,7 +59,7 @@ class Config:
     dataset: str = option("cifar10", "data set", DATASETS)
     data: str = option("data", "folder that the data set is in, or is downloaded to")
     cache: str = option(".cache", "folder for decoded images")
-    image_size: int = option(0, "side to resize images to; 0: that of folders to 32, others not")
+    image_size: int = option(0, "side to resize images to; 0: that of folders to 32, others not", high=1024)
     limit: int = option(0, "training images to use, a stratified choice; 0: all")
     limit_test: int = option(0, "test images to use, a stratified choice; 0: all")
     shots: int = option(0, "training images of each class to use, whatever --limit is; 0: all")
@@ -88,7 +92,8 @@ class Config:
             if meta["choices"] and value not in meta["choices"]:
                 raise ValueError(f"{flag}: there is no {value!r}; choose from {', '.join(meta['choices'])}")
             if isinstance(value, (int, float)) and not meta["low"] <= value <= meta["high"]:
-                raise ValueError(f"{flag}: expected {meta['help']}; got {value}")
+                large = ", which is too large" if value > meta["high"] else ""
+                raise ValueError(f"{flag}: expected {meta['help']}; got {value}{large}")
 
 
 class DataError(Exception):
@@ -103,7 +108,7 @@ class MegaBatch(NamedTuple):
 
 
 def mega_batches(
-    num_samples, num_mega_batches, replay="full", buffer_size=187, val_fraction=0.1, generator=None
+    num_samples: int, num_mega_batches: int, replay="full", buffer_size=187, val_fraction=0.1, generator=None
 ) -> Iterator[MegaBatch]:
     """Divide the samples at random into a stream of mega-batches, int64 index tensors on the CPU.
 
@@ -114,7 +119,8 @@ def mega_batches(
     """
     if replay not in ("full", "buffer", "none") or not 0 <= val_fraction < 1 or buffer_size < 0:
         raise ValueError(f"replay {replay!r}, buffer {buffer_size} or val_fraction {val_fraction} cannot be")
-    parts = torch.randperm(num_samples, generator=generator).tensor_split(max(num_mega_batches, 1))
+    count = min(max(num_mega_batches, 1), num_samples + 1)  # with one more, a part is empty
+    parts = torch.randperm(num_samples, generator=generator).tensor_split(count)
     if num_mega_batches < 1 or any(round(val_fraction * len(part)) >= len(part) for part in parts):
         raise ValueError(f"{num_samples} samples do not allow {num_mega_batches} mega-batches to train on")
     priority = torch.randperm(num_samples, generator=generator)  # the buffer holds those that are first by it
@@ -128,7 +134,7 @@ def mega_batches(
 
 
 # ------------------------------------------------------------ Unlearn: sensitivity, mask, reinitialisation
-def connection_sensitivity(model, images, labels, chunk=64) -> dict[str, Tensor]:
+def connection_sensitivity(model: nn.Module, images: Tensor, labels: Tensor, chunk=64) -> dict[str, Tensor]:
     """SNIP's connection sensitivity s_j = |g_j| / Σ_k |g_k| (Eq. 2; Lee et al. 2018, arXiv 1810.02340).
 
     `images` (N, …) go to the model unchanged, `chunk` at a time; `labels` (N,) int64; L is the mean
@@ -146,7 +152,7 @@ def connection_sensitivity(model, images, labels, chunk=64) -> dict[str, Tensor]
             for x, y in zip(images.split(chunk), labels.split(chunk), strict=True):
                 loss = F.cross_entropy(model(x), y, reduction="sum") / len(labels)
                 if weights and loss.requires_grad:
-                    parts = torch.autograd.grad(loss, weights.values(), materialize_grads=True)
+                    parts = torch.autograd.grad(loss, [*weights.values()], materialize_grads=True)
                     gradients = [g + part for g, part in zip(gradients, parts, strict=True)]
         finally:
             for module, flag in training.items():
@@ -176,7 +182,6 @@ def top_k_mask(scores: dict[str, Tensor], keep: float) -> dict[str, Tensor]:
     return {name: part.view_as(scores[name]) for name, part in zip(scores, mask.split(sizes), strict=True)}
 
 
-@torch.no_grad()
 def reinitialize_(model: nn.Module, mask: dict[str, Tensor], generator: torch.Generator | None = None) -> int:
     """Redraw in place the weights whose mask is False (Eq. 3), no other value changes. Returns how many.
 
@@ -184,29 +189,42 @@ def reinitialize_(model: nn.Module, mask: dict[str, Tensor], generator: torch.Ge
     generator's device. `mask`: parameter name → bool tensor of its shape. ValueError, with nothing changed,
     for a name or a shape that the model does not have.
     """
-    parameters = dict(model.named_parameters())
-    for name, m in mask.items():
-        if name not in parameters or parameters[name].shape != m.shape:
-            raise ValueError(f"mask: the model has no parameter {name!r} of shape {tuple(m.shape)}")
-    for name, m in mask.items():
-        p, bound = parameters[name], 1 / math.sqrt(max(1, math.prod(m.shape[1:])))
-        drawn = torch.empty(int((~m).sum()), dtype=p.dtype, device=(generator or p).device)
-        p[~m] = drawn.uniform_(-bound, bound, generator=generator).to(p.device)
-    return sum(int((~m).sum()) for m in mask.values())
+    with torch.no_grad():
+        parameters = dict(model.named_parameters())
+        for name, m in mask.items():
+            if name not in parameters or parameters[name].shape != m.shape:
+                raise ValueError(f"mask: the model has no parameter {name!r} of shape {tuple(m.shape)}")
+        for name, m in mask.items():
+            p, bound = parameters[name], 1 / math.sqrt(max(1, math.prod(m.shape[1:])))
+            drawn = torch.empty(int((~m).sum()), dtype=p.dtype, device=(generator or p).device)
+            p[~m] = drawn.uniform_(-bound, bound, generator=generator).to(p.device)
+        return sum(int((~m).sum()) for m in mask.values())
 
 
-def unlearn_(model, images, labels, keep=0.8, generator=None) -> dict[str, Tensor]:
+def averaged(tensors: list[Tensor]) -> list[Tensor]:
+    """The tensors, each in place its mean over the processes of torch.distributed, if there are any."""
+    if dist.is_initialized():
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+            tensor /= dist.get_world_size()
+    return tensors
+
+
+def unlearn_(model: nn.Module, images: Tensor, labels: Tensor, keep=0.8, generator=None) -> dict[str, Tensor]:
     """LURE's step on the sample π = (images, labels): score, keep, redraw, as in the three above.
 
     In place; returns the mask, True where a weight was kept. ValueError unless 0 < keep <= 1.
+    Scores are averaged over the processes of torch.distributed: at one generator state all redraw the same.
     """
-    mask = top_k_mask(connection_sensitivity(model, images, labels), keep)
+    scores = connection_sensitivity(model, images, labels)
+    averaged([*scores.values()])
+    mask = top_k_mask(scores, keep)
     reinitialize_(model, mask, generator)
     return mask
 
 
 # ------------------------------------------------------------ Metrics (sections 4 and 7.1)
-def cumulative_error_rate(errors) -> int:
+def cumulative_error_rate(errors: Iterable) -> int:
     """CER (Eq. 4), a count: the misclassified test samples, `errors`, summed over the mega-batches."""
     return sum(int(e) for e in errors)
 
@@ -251,7 +269,9 @@ class Dataset(NamedTuple):
     classes: list[str]
 
 
-def load_dataset(name, data="data", cache=".cache", image_size=0, limit=0, limit_test=0, shots=0) -> Dataset:
+def load_dataset(
+    name: str, data="data", cache=".cache", image_size=0, limit=0, limit_test=0, shots=0
+) -> Dataset:
     """Load one of `DATASETS` from the folder `data`, where torchvision also downloads the CIFARs to.
 
     Images become squares of side `image_size`; 0: those of folders of side 32, the others stay as they are.
@@ -300,6 +320,7 @@ def stratified(labels: Tensor, size: int, equal: bool = False) -> Tensor:
 
 def load_folders(name: str, root: Path, cache: Path, image_size: int) -> Dataset:
     """Read root/<split>/<class>/<image>, decoded once and cached by the files' names, sizes and times."""
+    from PIL import Image
     from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
     from tqdm import tqdm
 
@@ -313,6 +334,7 @@ def load_folders(name: str, root: Path, cache: Path, image_size: int) -> Dataset
                 ranges = enumerate(RESTRICTED_IMAGENET.values())
                 label_of = {f: label for label, (a, b) in ranges for f in folders[a : b + 1]}
                 folders = list(RESTRICTED_IMAGENET)
+            refuse_loops(root / split / folder for folder in label_of)
             samples.append(make_dataset(root / split, label_of, IMG_EXTENSIONS))
         except OSError as error:
             source = "" if name == "folder" else ", ILSVRC 2012 from image-net.org"
@@ -326,22 +348,38 @@ def load_folders(name: str, root: Path, cache: Path, image_size: int) -> Dataset
     digest = hashlib.sha256(json.dumps([image_size, content]).encode()).hexdigest()
     stored = cache / f"{root.resolve().name}-{image_size}-{digest[:16]}.pt"
     if not stored.exists():
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # more would hinder each other
-            decoded = pool.map(partial(decode_image, size=image_size), paths)
-            decoded = torch.stack(list(tqdm(decoded, f"decode {root}", len(paths), disable=None)))
+        with ThreadPoolExecutor(os.cpu_count()) as pool, warnings.catch_warnings():  # more would be slower
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)  # a huge image
+            images = pool.map(partial(decode_image, size=image_size), paths)
+            decoded = torch.stack(list(tqdm(images, f"decode {root}", len(paths), disable=None)))
         write(stored, partial(torch.save, decoded))
-    images = torch.load(stored, mmap=True, weights_only=True).split(sizes)
-    labels = torch.tensor(labels).split(sizes)
-    return Dataset(images[0], labels[0], images[1], labels[1], classes[0])
+    try:
+        train, test = load(stored, mmap=True).split(sizes)
+    except Exception as error:
+        raise DataError(f"{stored}: expected decoded images; remove it ({type(error).__name__})") from error
+    train_labels, test_labels = torch.tensor(labels).split(sizes)
+    return Dataset(train, train_labels, test, test_labels, classes[0])
+
+
+def refuse_loops(folders: Iterable[Path]) -> None:
+    """DataError for a folder that a link leads to again: its images would be read twice, or for ever."""
+    reached = set()
+    for path, *_ in (step for folder in folders for step in os.walk(folder, followlinks=True)):
+        if (real := os.path.realpath(path)) in reached:
+            raise DataError(f"{path}: expected a folder of its own, found {real} again")
+        reached.add(real)
 
 
 def decode_image(path: str, size: int) -> Tensor:
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
+        with Image.open(path) as file:
+            # Of 16 bits, which is mode I, `convert` would cut off what is above 255.
+            image = file.convert("I").point(lambda value: value / 257) if file.mode[0] == "I" else file
             resized = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # a foreign file can make a decoder raise anything
         raise DataError(f"{path}: expected an image, cannot decode it ({error})") from error
     return torchvision.transforms.functional.pil_to_tensor(resized)
 
@@ -352,15 +390,24 @@ def corrupt_labels(labels: Tensor, num_classes: int, probability: float, generat
     return torch.where(torch.rand(labels.shape, generator=generator) < probability, redrawn, labels)
 
 
-def write(path, save) -> None:
-    """Let `save` write a temporary file beside `path`, then rename it: `path` is whole or it is not there."""
+def write(path: str | Path, save: Callable[[Path], object]) -> None:
+    """Let `save` write a temporary file beside `path`, then rename it: `path` is whole or it is as before."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
     try:
         save(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def load(path: str | Path, **options):
+    """What torch.save wrote. Code in the file is not run: it makes this raise, as anything foreign may."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.load(path, map_location="cpu", weights_only=True, **options)
 
 
 # ------------------------------------------------------------ Networks
@@ -412,14 +459,20 @@ def to_input(pixels: Tensor) -> Tensor:
     return pixels.permute(0, 3, 1, 2).float() / 255
 
 
-def augmented(pixels: Tensor, index: Tensor, padding: int, flip: bool, generator: torch.Generator) -> Tensor:
-    """Gather, crop and flip at random, in one indexing of the uint8 data set (N, H, W, C)."""
+def augmented(
+    pixels: Tensor, index: Tensor, padding: int, flip: bool, generator, share=slice(None)
+) -> Tensor:
+    """Gather, crop and flip at random, in one indexing of the uint8 data set (N, H, W, C).
+
+    Of the batch `index` only the samples index[share], each as it would be in the whole batch.
+    """
     (_, height, width, _), shape, device = pixels.shape, (len(index), 1, 1), pixels.device
-    top, left = torch.randint(-padding, padding + 1, (2, *shape), device=device, generator=generator)
+    offsets = torch.randint(-padding, padding + 1, (2, *shape), device=device, generator=generator)
+    index, (top, left) = index[share], offsets[:, share]
     rows = top + torch.arange(height, device=device)[:, None]
     columns = torch.arange(width, device=device).expand(len(index), 1, width)
     if flip:
-        mirrored = torch.rand(shape, device=device, generator=generator) < 0.5
+        mirrored = torch.rand(shape, device=device, generator=generator)[share] < 0.5
         columns = torch.where(mirrored, columns.flip(-1), columns)
     columns = left + columns
     inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)  # the padding is black
@@ -428,29 +481,36 @@ def augmented(pixels: Tensor, index: Tensor, padding: int, flip: bool, generator
 
 
 def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
-    rates = dict(lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
-    return torch.optim.SGD(model.parameters(), **rates, fused=True)
+    lr, momentum, decay = config.lr, config.momentum, config.weight_decay
+    return torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum, weight_decay=decay, fused=True)
 
 
 def train_epoch_(model, optimizer, pixels, labels, train, config, generator) -> tuple[Tensor, Tensor]:
-    """One epoch on the samples `train`, without a synchronisation. Returns running mean loss and accuracy."""
+    """One epoch on the samples `train`, without a synchronisation. Returns running mean loss and accuracy.
+
+    Of several processes each takes a part of every batch; they average gradients and running statistics.
+    """
+    rank, world = ranks()
     *_, padding, flip = PREPROCESSING[config.dataset]
     low = pick_precision(config.precision, train.device) == "bfloat16"
     order = train[torch.randperm(len(train), device=train.device, generator=generator)]
     batches = list(order.split(config.batch_size))
-    if len(batches) > 1 and len(batches[-1]) == 1:  # batch normalisation needs two
+    if len(batches) > 1 and len(batches[-1]) < 2 * world:  # batch normalisation needs two
         batches[-2:] = [torch.cat(batches[-2:])]
-    total_loss, correct = torch.zeros(2, dtype=torch.float64, device=train.device)
+    total_loss, correct = sums = torch.zeros(2, dtype=torch.float64, device=train.device)
     model.train()
     for index in batches:
+        share = slice(rank * len(index) // world, (rank + 1) * len(index) // world)
         with torch.autocast(train.device.type, torch.bfloat16, enabled=low):
-            logits = model(augmented(pixels, index, padding, flip, generator))
-        loss = F.cross_entropy(logits.float(), labels[index])
+            logits = model(augmented(pixels, index, padding, flip, generator, share))
+        target = labels[index[share]]
+        loss = F.cross_entropy(logits.float(), target, reduction="sum") / (len(index) / world)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         total_loss += loss.detach() * len(index)
-        correct += (logits.argmax(1) == labels[index]).sum()
+        correct += (logits.argmax(1) == target).sum() * world
+    averaged([sums, *(b for name, b in model.named_buffers() if "running_" in name)])
     return total_loss / len(train), correct / len(train)
 
 
@@ -464,9 +524,9 @@ def learn_(model, optimizer, pixels, labels, train, val, config, generator, bar)
         if not loss.isfinite():
             raise FloatingPointError(f"{bar.desc}in epoch {epoch + 1}, the loss is {float(loss)}")
         if config.select == "best-val":
-            accuracy = evaluate(model, pixels[val], labels[val])["accuracy"]
-            if accuracy > best:
-                best, weights = accuracy, copy.deepcopy(model.state_dict())
+            accuracy = torch.tensor(evaluate(model, pixels[val], labels[val])["accuracy"])
+            if float(*averaged([accuracy])) > best:
+                best, weights = float(accuracy), copy.deepcopy(model.state_dict())
         bar.update(len(train))
     if weights:
         model.load_state_dict(weights)
@@ -475,27 +535,38 @@ def learn_(model, optimizer, pixels, labels, train, val, config, generator, bar)
     return dict(running_train_accuracy=100 * float(running), **speed)
 
 
-@torch.inference_mode()
 def evaluate(model: nn.Module, pixels: Tensor, labels: Tensor) -> dict:
     """Accuracy (percent), errors (count), loss and ECE ([0, 1]): evaluation mode, float32, not augmented."""
-    if len(labels) == 0:
-        return dict(accuracy=None, errors=0, loss=None, ece=None)
-    model.eval()
-    parts = pixels.split(128)  # on a CPU, larger ones are half as fast: their memory is new each time
-    logits = torch.cat([model(to_input(part)) for part in parts])
-    errors, loss = int((logits.argmax(1) != labels).sum()), float(F.cross_entropy(logits, labels))
-    ece = expected_calibration_error(logits.softmax(1), labels)
-    return dict(accuracy=100 * (1 - errors / len(labels)), errors=errors, loss=loss, ece=ece)
+    with torch.inference_mode():
+        if len(labels) == 0:
+            return dict(accuracy=None, errors=0, loss=None, ece=None)
+        model.eval()
+        parts = pixels.split(128)  # on a CPU, larger ones are half as fast: their memory is new each time
+        logits = torch.cat([model(to_input(part)) for part in parts])
+        errors, loss = int((logits.argmax(1) != labels).sum()), float(F.cross_entropy(logits, labels))
+        ece = expected_calibration_error(logits.softmax(1), labels)
+        return dict(accuracy=100 * (1 - errors / len(labels)), errors=errors, loss=loss, ece=ece)
 
 
 # ------------------------------------------------------------ Algorithm 1: learn, unlearn, relearn
 def lure_(model, pi, seen, fresh, generator, keep=0.8) -> dict[str, Tensor]:
     """LURE as a method of `run`: `unlearn_` on π."""
-    return unlearn_(model, *pi, keep, generator)
+    images, labels = pi
+    return unlearn_(model, images, labels, keep, generator)
 
 
-def run(config: Config, forget=lure_) -> dict:
+Sample = tuple[Tensor, Tensor]
+Method = Callable[  # `run` says what it gets and does
+    [nn.Module, Sample, Callable[[], Iterator[Sample]], Callable[[], nn.Module], torch.Generator],
+    dict[str, Tensor] | None,
+]
+
+
+def run(config: Config, forget: Method = lure_) -> dict:
     """Algorithm 1. Returns the record of the run, and writes it to `config.out`; if it is there, it is read.
+
+    After every mega-batch its state is saved beside `config.out`, from where the same call goes on. Under
+    torch.distributed the processes train on a part of each batch, and the first alone reads and writes these.
 
     `forget(model, pi, seen, fresh, generator)` changes the model in place between mega-batches and returns a
     mask (True: kept) or None. `pi` is the sample π, (images, labels); `seen()` yields one such pair per
@@ -509,20 +580,27 @@ def run(config: Config, forget=lure_) -> dict:
 
     c, device = config, pick_device(config.device)
     if "keep" in inspect.signature(forget).parameters:
-        forget = partial(forget, keep=c.keep)  # what the record says
-    stream_rng, start_rng, forget_rng = (torch.Generator().manual_seed(4 * c.seed + i) for i in range(3))
-    order_rng = torch.Generator(device).manual_seed(4 * c.seed + 3)
+        forget = partial(forget, keep=c.keep)  # type: ignore[call-arg]
+    rngs = [torch.Generator(d) for d in ("cpu", "cpu", "cpu", device)]
+    stream_rng, start_rng, forget_rng, order_rng = (g.manual_seed(4 * c.seed + i) for i, g in enumerate(rngs))
+    (rank, world), leads = ranks(), os.environ.get("LOCAL_RANK", "0") == "0"
+    if world > 1 and not leads:
+        dist.barrier()  # until the first process of this machine has filled the cache
     data = load_dataset(c.dataset, c.data, c.cache, c.image_size, c.limit, c.limit_test, c.shots)
+    if world > 1 and leads:
+        dist.barrier()
     origin = provenance(command_line(c), device, data)
     origin["precision"] = pick_precision(c.precision, device)
-    if (record := finished(c, origin)) is not None:
-        return record
+    record = dict(format=FORMAT, config=asdict(c), totals={}, mega_batches=[], **origin)
+    if there := by_first(lambda: finished(c, record)):
+        return there
     pixels, test_pixels = (x.permute(0, 2, 3, 1).contiguous().to(device) for x in data[:4:2])
     labels = corrupt_labels(data.labels, len(data.classes), c.label_noise, stream_rng).to(device)
     test_labels = data.test_labels.to(device)
-    stream = mega_batches(len(labels), c.mega_batches, c.replay, c.buffer_size, c.val_fraction, stream_rng)
+    sizes = c.mega_batches, c.replay, c.buffer_size, c.val_fraction
+    stream = by_first(lambda: list(mega_batches(len(labels), *sizes, stream_rng)))
     stream = [MegaBatch(*(index.to(device) for index in batch)) for batch in stream]
-    check_feasible(c, pixels, stream)
+    by_first(lambda: check_feasible(c, pixels, stream))
 
     def build(generator):
         mean, std, *_ = PREPROCESSING[c.dataset]
@@ -532,43 +610,61 @@ def run(config: Config, forget=lure_) -> dict:
     def sample(index):
         return to_input(pixels[index]), labels[index]
 
-    model, optimizer, rows = build(start_rng), None, []
-    total = c.epochs * sum(len(batch.train) for batch in stream)
-    with tqdm(total=total, unit="img", unit_scale=True, disable=None) as bar:
-        for i, batch in enumerate(stream):
+    model, rows = build(start_rng), record["mega_batches"]
+    optimizer = build_optimizer(model, c)
+    if c.out and (state := by_first(lambda: earlier(f"{c.out}.state", load, record, ALL_THE_SAME))):
+        rows += state["mega_batches"]
+        model.load_state_dict(state["model"])
+        for generator, its_state in zip(rngs, state["generators"], strict=True):
+            generator.set_state(its_state)
+        if c.keep_momentum:
+            optimizer.load_state_dict(state["optimizer"])
+    net = nn.parallel.DistributedDataParallel(model) if world > 1 else model
+    passes = [c.epochs * len(batch.train) for batch in stream]
+    total, done = sum(passes), sum(passes[: len(rows)])
+    with tqdm(total=total, initial=done, unit="img", unit_scale=True, disable=rank > 0 or None) as bar:
+        for i, batch in list(enumerate(stream))[len(rows) :]:
             bar.set_description(f"{Path(c.out).stem} mega-batch {i + 1} of {len(stream)}".lstrip())
             val = torch.cat([b.val for b in stream[: i + 1]]) if c.replay == "full" else batch.val
-            if optimizer is None or not c.keep_momentum:
+            if not c.keep_momentum:
                 optimizer = build_optimizer(model, c)
-            row = learn_(model, optimizer, pixels, labels, batch.train, val, c, order_rng, bar)  # or relearn
+            row = learn_(net, optimizer, pixels, labels, batch.train, val, c, order_rng, bar)  # or relearn
             row["train"] = evaluate(model, pixels[batch.train], labels[batch.train])
             row["val"] = evaluate(model, pixels[val], labels[val])
             row["test"] = evaluate(model, test_pixels, test_labels)
             if not all(math.isfinite(row[split]["loss"] or 0) for split in ("train", "val", "test")):
                 raise FloatingPointError(f"{bar.desc}after epoch {c.epochs}, the loss is not finite")
             rows.append(row | {"redrawn": None})
-            bar.write(f"{bar.desc}{row['test']['accuracy']:.2f} % of the test set", file=sys.stderr)
-            if i + 1 == len(stream):
-                break
-            source = dict(learned=batch.new, seen=batch.train, next=stream[i + 1].new)[c.pi]  # unlearn
-            size = max(1, round(c.pi_fraction * len(source)))
-            pi = sample(source[torch.randperm(len(source), generator=forget_rng)[:size].to(device)])
-            held = [h for b in stream[: i + 1] if len(h := b.new[torch.isin(b.new, batch.train)])]
-            mask = forget(model, pi, partial(map, sample, held), partial(build, forget_rng), forget_rng)
-            if mask is not None:
-                rows[-1]["redrawn"] = torch.cat([~m.flatten() for m in mask.values()]).double().mean().item()
-    record = dict(config=asdict(c), totals=totals(rows), mega_batches=rows, **origin)
-    if c.checkpoint:
+            if rank == 0:
+                bar.write(f"{bar.desc}{row['test']['accuracy']:.2f} % of the test set", file=sys.stderr)
+            if i + 1 < len(stream):
+                source = dict(learned=batch.new, seen=batch.train, next=stream[i + 1].new)[c.pi]  # unlearn
+                size = max(1, round(c.pi_fraction * len(source)))
+                pi = sample(source[torch.randperm(len(source), generator=forget_rng)[:size].to(device)])
+                held = [h for b in stream[: i + 1] if len(h := b.new[torch.isin(b.new, batch.train)])]
+                mask = forget(model, pi, partial(map, sample, held), partial(build, forget_rng), forget_rng)
+                if mask is not None:
+                    redrawn = torch.cat([~m.flatten() for m in mask.values()])
+                    rows[-1]["redrawn"] = redrawn.double().mean().item()
+            if c.out and rank == 0:
+                state = record | dict(model=model.state_dict(), generators=[g.get_state() for g in rngs])
+                state["optimizer"] = optimizer.state_dict() if c.keep_momentum else None
+                write(f"{c.out}.state", partial(torch.save, state))
+    record["totals"] = totals(rows)
+    if c.checkpoint and rank == 0:
         state = dict(config=asdict(c), classes=data.classes, weights=model.state_dict())
         write(c.checkpoint, partial(torch.save, state))
-    if c.out:
+    if c.out and rank == 0:
         write(c.out, lambda path: path.write_text(json.dumps(record, indent=1) + "\n"))
+        tidy(c)
     return record
 
 
-# ------------------------------------------------------------ Checks, record, command line
+# ------------------------------------------------------------ Checks, record, state
 def pick_device(name: str) -> torch.device:
     name = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and dist.is_initialized():
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         if torch.device(name).type in ("cpu", "cuda"):
             return torch.zeros(1, device=name).device
@@ -596,8 +692,11 @@ def check_feasible(config: Config, pixels: Tensor, stream: list[MegaBatch]) -> N
         raise ValueError("--arch vgg16_bn: expected images of at least 16×16 pixels, for its four max-pools")
     if config.select == "best-val" and not all(len(batch.val) for batch in stream):
         raise ValueError("--select best-val: expected validation samples; --val-fraction leaves none")
-    if min(len(batch.train) for batch in stream) < 2:
-        raise ValueError("--mega-batches: expected two training samples in each, for batch normalisation")
+    if min(config.batch_size, *(len(batch.train) for batch in stream)) < 2 * ranks()[1]:
+        what = "--mega-batches, --batch-size: expected two training samples in each"
+        raise ValueError(f"{what}, for every process, for batch normalisation")
+    if config.out and os.path.abspath(config.out) == os.path.abspath(config.checkpoint):
+        raise ValueError("--checkpoint: expected another file than that of --out")
     for path in filter(None, (config.out, config.checkpoint)):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         if os.path.isdir(path) or not os.access(Path(path).parent, os.W_OK):
@@ -613,28 +712,52 @@ def totals(rows: list[dict]) -> dict:
     return final | {name: sum(row[name] for row in rows) for name in ("image_passes", "seconds")}
 
 
+FORMAT = 1  # of the record and of the state
 PATHS = {"data", "cache", "out", "checkpoint", "device"}  # where things are: no two runs differ by these
+# Beside configuration and data, what has to be as it was for a run to be continued to the same result.
+ALL_THE_SAME = ("format", "git_commit", "versions", "precision", "processes", "device")
 
 
-def finished(config: Config, origin: dict) -> dict | None:
-    """The record at `config.out`, if it is of this configuration and these data. ValueError if it is not."""
-    if not config.out or not os.path.exists(config.out):
+def earlier(path: str, read, run: dict, keys=()) -> dict | None:
+    """What an earlier call of the run left at `path`, if anything. ValueError if it is not of this run."""
+
+    def described(record):
+        config = {k: v for k, v in record["config"].items() if k not in PATHS}
+        return json.loads(json.dumps(config | record["data"] | {k: record[k] for k in keys}))
+
+    if not os.path.exists(path):
         return None
     try:
-        record = json.loads(Path(config.out).read_text())
-        there = record["config"] | record["data"]
-        here = json.loads(json.dumps(asdict(config) | origin["data"]))
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{config.out}: expected the record of a run, or no file") from error
-    if odd := [k for k in there | here if k not in PATHS and there.get(k) != here.get(k)]:
-        found = ", ".join(f"{k} {there.get(k)}, not {here.get(k)}" for k in odd)
-        raise ValueError(f"{config.out}: expected no file, or this configuration's record; found {found}")
-    return record if not config.checkpoint or os.path.exists(config.checkpoint) else None
+        there = described(record := read(path))
+    except Exception as error:
+        kind = type(error).__name__
+        raise ValueError(f"{path}: expected what a call of this run left, or no file ({kind})") from error
+    here = described(run)
+    if odd := [f"{k} {there.get(k)}, not {here.get(k)}" for k in there | here if there.get(k) != here.get(k)]:
+        raise ValueError(f"{path}: expected no file, or one of this run; found {', '.join(odd)}")
+    return record
+
+
+def finished(config: Config, run: dict) -> dict | None:
+    """The record at `config.out`, if it and the checkpoint are there. ValueError if it is of another run."""
+    record = earlier(config.out, lambda path: json.loads(Path(path).read_text()), run)
+    if not record or (config.checkpoint and not os.path.exists(config.checkpoint)):
+        return None
+    tidy(config)
+    return record
+
+
+def tidy(config: Config) -> None:
+    """Remove what a run that is done may have left: its state, temporary files of killed calls."""
+    Path(f"{config.out}.state").unlink(missing_ok=True)
+    for path in map(Path, filter(None, (config.out, config.checkpoint))):
+        for temporary in path.parent.glob(f".{glob.escape(path.name)}.*"):
+            temporary.unlink(missing_ok=True)
 
 
 def command_line(config: Config) -> list[str]:
     """The call of this script, or of the one that extends `Config`, that means `config`."""
-    words = [os.path.basename(sys.modules[type(config).__module__].__file__)]
+    words = [os.path.basename(inspect.getfile(type(config)))]
     for f in fields(config):
         if (value := getattr(config, f.name)) != f.default:
             values = [] if value is True else value if isinstance(value, (list, tuple)) else [value]
@@ -645,21 +768,39 @@ def command_line(config: Config) -> list[str]:
 def provenance(command: list[str], device: torch.device, data: Dataset) -> dict:
     """Where a number comes from: command, git commit, data, versions, device."""
     git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty"]
-    git = shlex.join([*git, "--abbrev=40", "--exclude=*"])  # by a shell, since there may be no git
-    commit = subprocess.run(git, shell=True, capture_output=True, text=True).stdout.strip()
+    call = shlex.join([*git, "--abbrev=40", "--exclude=*"])  # by a shell, since there may be no git
+    commit = subprocess.run(call, shell=True, capture_output=True, text=True).stdout.strip()
     processor = torch.cpu.get_capabilities().get("cpu_name") or platform.machine()
     content = hashlib.sha256(b"".join(tensor.contiguous().numpy().tobytes() for tensor in data[:4]))
+    processes = ranks()[1]
+    python = ["python"] if processes == 1 else ["torchrun", f"--nproc-per-node={processes}"]
     return dict(
-        command=shlex.join(["python", *command]),
+        command=shlex.join([*python, *command]),
         git_commit=commit or None,
         data=dict(train=len(data.labels), test=len(data.test_labels), sha256=content.hexdigest()),
-        versions=dict(torch=torch.__version__, torchvision=torchvision.__version__),
+        versions=dict(torch=str(torch.__version__), torchvision=torchvision.__version__),
         python=platform.python_version(),
         device=processor if device.type == "cpu" else torch.cuda.get_device_name(device),
         threads=torch.get_num_threads(),
+        processes=processes,
     )
 
 
+# ------------------------------------------------------------ Several processes, by torchrun
+def ranks() -> tuple[int, int]:
+    """This process's number and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def by_first(call):
+    """What `call` returns in the first process, in all of them."""
+    result = [call() if ranks()[0] == 0 else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(result)
+    return result[0]
+
+
+# ------------------------------------------------------------ Command line
 class Parser(argparse.ArgumentParser):
     def error(self, message):  # one line, without the usage
         self.exit(2, f"{self.prog}: {message}\n")
@@ -670,13 +811,15 @@ def guarded(program: str, call) -> int:
     try:
         call()
     except (ValueError, DataError, OSError, FloatingPointError, KeyboardInterrupt) as error:
-        print(f"{program}: {str(error) or 'interrupted'}", file=sys.stderr)
+        print(f"{program}: {' '.join(str(error).splitlines()) or 'interrupted'}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 130 if isinstance(error, KeyboardInterrupt) else 1
     return 0
 
 
 def main(argv=None, options=Config, method=lambda config: lure_) -> int:
     """The command line. Returns 0; 2: a wrong call; 1: wrong data, or a loss not finite; 130: interrupted."""
+    if dist.is_torchelastic_launched():
+        dist.init_process_group()
     parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     for f in fields(options):
         choices = f" ({', '.join(f.metadata['choices'])})" if f.metadata["choices"] else ""
@@ -684,8 +827,17 @@ def main(argv=None, options=Config, method=lambda config: lure_) -> int:
         kind = dict(nargs="*", metavar="KEY=VALUE") if f.default == () else kind
         text = f"{f.metadata['help']}{choices}; default: {f.default}"
         parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=text, **kind)
-    given = vars(parser.parse_args(argv))
-    return guarded(parser.prog, lambda: print(json.dumps(run(c := options(**given), method(c))["totals"])))
+    given = by_first(lambda: vars(parser.parse_args(argv)))
+
+    def call():
+        config = by_first(lambda: options(**given))
+        record = run(config, method(config))
+        if ranks()[0] == 0:
+            print(json.dumps(record["totals"]))
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    return guarded(parser.prog, call)
 
 
 if __name__ == "__main__":

@@ -9,4 +9,15 @@ from hypothesis import settings
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None, max_examples=30)
+settings.register_profile("long", deadline=None, max_examples=2000, print_blob=True)
 settings.load_profile("repeatable")
+
+
+def in_long() -> bool:
+    """Whether this is `make test-long`, --hypothesis-profile=long."""
+    return settings().max_examples == 2000
+
+
+def examples(count: int) -> settings:
+    """So many examples, or all of them in the long profile."""
+    return settings(max_examples=2000 if in_long() else count)

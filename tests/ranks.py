@@ -1,0 +1,75 @@
+"""What a run does on every rank of torch.distributed; by torchrun, or imported, in one process.
+
+torchrun --nproc-per-node=2 tests/ranks.py FOLDER     # writes FOLDER/0.pt and FOLDER/1.pt
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import lure
+
+TINY = dict(dataset="digits", arch="small", limit=120, limit_test=60, mega_batches=3, epochs=2, device="cpu")
+
+
+def without_batch_norm(arch, num_classes, in_channels, mean, std, generator):
+    """A convolution and a linear layer in float64."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(144, 10)).double()
+    model.register_forward_pre_hook(lambda model, args: args[0].double() - mean[0])
+    return model
+
+
+def watched(config):
+    """A run's rows, and of each mega-batch the weights at its end, mask, epochs' losses and samples seen."""
+    found = dict(ends=[], masks=[], losses=[], samples=[])
+    learn, train_epoch, augmented = lure.learn_, lure.train_epoch_, lure.augmented
+
+    def learn_spy(model, *rest):
+        row = learn(model, *rest)
+        found["ends"].append({name: t.clone() for name, t in model.state_dict().items()})
+        return row
+
+    def epoch_spy(*args):
+        found["samples"].append([])
+        loss, running = train_epoch(*args)
+        found["losses"].append(float(loss))
+        return loss, running
+
+    def augmented_spy(pixels, index, padding, flip, generator, share=slice(None)):
+        found["samples"][-1] += index[share].tolist()
+        return augmented(pixels, index, padding, flip, generator, share)
+
+    def forget(model, pi, seen, fresh, generator):
+        mask = lure.lure_(model, pi, seen, fresh, generator)
+        found["masks"].append(mask)
+        found["ends"].append({name: t.clone() for name, t in model.state_dict().items()})
+        return mask
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lure, "learn_", learn_spy)
+        patch.setattr(lure, "train_epoch_", epoch_spy)
+        patch.setattr(lure, "augmented", augmented_spy)
+        return found | dict(record=lure.run(config, forget))
+
+
+def experiments():
+    with_batch_norm = watched(lure.Config(**TINY))
+    best_val = watched(lure.Config(**TINY | dict(select="best-val", replay="buffer", buffer_size=9)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lure, "build_model", without_batch_norm)
+        exact = watched(lure.Config(**TINY | dict(precision="float32", epochs=4, lr=0.05)))
+    return dict(with_batch_norm=with_batch_norm, best_val=best_val, exact=exact)
+
+
+if __name__ == "__main__":
+    dist.init_process_group()
+    torch.save(experiments(), Path(sys.argv[1]) / f"{dist.get_rank()}.pt")
+    dist.destroy_process_group()

@@ -1,0 +1,120 @@
+"""The same experiment by several processes, started by torchrun as a user does."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import ranks
+import torch
+from test_lure import same
+from test_resume import result
+
+ROOT = Path(__file__).parent.parent
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+
+
+def torchrun(*words, cwd):
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([*TORCHRUN, *map(str, words)], cwd=cwd, **pipes)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """What each of two ranks saw."""
+    folder = tmp_path_factory.mktemp("ranks")
+    process = torchrun(ROOT / "tests" / "ranks.py", folder, cwd=folder)
+    assert process.wait(300) == 0, process.communicate()
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def one():
+    """What one process, without torch.distributed, sees."""
+    return ranks.experiments()
+
+
+NAMES = ["with_batch_norm", "best_val", "exact"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_all_ranks_hold_the_same_bits_after_every_mega_batch(name, two):
+    first, second = (rank[name] for rank in two)
+    assert len(first["ends"]) == 5 and len(first["masks"]) == 2  # three times learned, twice unlearned
+    for mine, theirs in zip(first["ends"] + first["masks"], second["ends"] + second["masks"], strict=True):
+        assert same(
+            {k.removeprefix("module."): v for k, v in mine.items()},
+            {k.removeprefix("module."): v for k, v in theirs.items()},
+        )
+    assert first["losses"] == second["losses"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_together_they_see_each_sample_once_an_epoch_and_the_whole_batch_in_order(name, two, one):
+    assert len(one[name]["samples"]) == len(two[0][name]["samples"])
+    for mine, theirs, all_of_it in zip(*(x[name]["samples"] for x in (*two, one)), strict=True):
+        assert sorted(mine + theirs) == sorted(all_of_it) and len(set(all_of_it)) == len(all_of_it)
+        assert abs(len(mine) - len(theirs)) <= -(-len(all_of_it) // 64)
+        for start in range(0, len(all_of_it), 64):  # both halves of every batch of 64
+            batch = all_of_it[start : start + 64]
+            half = len(batch) // 2
+            assert mine[start // 2 : start // 2 + half] == batch[:half]
+
+
+def test_without_batch_norm_the_losses_and_masks_are_those_of_one_process(two, one):
+    expected = one["exact"]
+    for rank in two:
+        found = rank["exact"]
+        assert found["losses"] == pytest.approx(expected["losses"], abs=1e-6)
+        for mine, other in zip(
+            found["record"]["mega_batches"], expected["record"]["mega_batches"], strict=True
+        ):
+            for split in ("train", "val", "test"):
+                assert mine[split]["loss"] == pytest.approx(other[split]["loss"], abs=1e-6)
+            assert mine["running_train_accuracy"] == pytest.approx(other["running_train_accuracy"])
+        assert all(same(a, b) for a, b in zip(found["masks"], expected["masks"], strict=True))
+
+
+TINY = [word for key, value in ranks.TINY.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+CALL = [ROOT / "lure.py", *TINY, "--out", "run.json", "--checkpoint", "run.pt"]
+
+
+def workers(process):
+    """Process numbers of the ranks: the children of torchrun that run the script."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [int(pid) for pid in children if b"lure.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the ranks in /proc")
+def test_a_rank_that_dies_ends_the_run_which_then_goes_on(two, tmp_path):
+    process = torchrun(*CALL, cwd=tmp_path)
+    while not (tmp_path / "run.json.state").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    start = time.monotonic()
+    os.kill(workers(process)[1], signal.SIGKILL)
+    assert process.wait(60) != 0 and time.monotonic() - start < 60
+    assert "run.json.state" in os.listdir(tmp_path) and "run.json" not in os.listdir(tmp_path)
+    process = torchrun(*CALL, cwd=tmp_path)
+    assert process.wait(300) == 0, process.communicate()
+    record, weights = result(tmp_path)
+    lines = process.stdout.read().splitlines()
+    assert len(lines) == 1 and json.loads(lines[0])["cer"] == record["totals"]["cer"]
+    told = process.stderr.read()
+    assert told.count("mega-batch 3 of 3") == 1 and "mega-batch 1 of 3" not in told
+    assert record["processes"] == 2 and record["command"].startswith("torchrun --nproc-per-node=2 lure.py ")
+    last = two[0]["with_batch_norm"]["ends"][-1]
+    assert weights == {k.removeprefix("module."): v.numpy().tobytes() for k, v in last.items()}
+
+
+def test_a_wrong_call_is_told_once(tmp_path):
+    process = torchrun(*CALL, "--epochs", "0", cwd=tmp_path)
+    out, told = process.communicate(timeout=120)
+    assert process.returncode != 0 and out == "" and not os.listdir(tmp_path)
+    assert [line for line in told.splitlines() if line.startswith("lure.py: ")] == [
+        "lure.py: --epochs: expected epochs per mega-batch, at least 1; got 0"
+    ]
