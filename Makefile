@@ -3,7 +3,8 @@
 
 MAKEFLAGS += --no-builtin-rules --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench precision reproduce overview prepare runs clean
+.PHONY: help demo test test-long test-oldest coverage mutants lint bench precision reproduce overview prepare runs
+.PHONY: clean
 
 # Variables count on the command line, not in the environment, where the same names may mean something else.
 VARIABLES := OUT DATA IMAGENET CIFAR10C SCALE TABLES DATASETS METHODS SEEDS ARGS
@@ -31,9 +32,38 @@ demo: $(READY)  ## all methods on scikit-learn's digits: a table and a figure, i
 test: $(READY)  ## the test-suite
 	$(PYTHON) -m pytest -q $(ARGS) tests
 
-lint: $(READY)  ## ruff: check and format
+test-long: $(READY)  ## the same with 2000 examples for each property, and more than 20 kills; over an hour
+	$(PYTHON) -m pytest -q --hypothesis-profile=long $(ARGS) tests
+
+test-oldest: .venv-oldest/installed  ## the same with the oldest torch and torchvision of requirements.txt
+	.venv-oldest/bin/python -m pytest -q $(ARGS) tests
+
+.venv-oldest/installed: requirements.txt
+	python3 -m venv .venv-oldest
+	sed 's/^\(torch\|torchvision\)>=/\1==/' requirements.txt > .venv-oldest/requirements.txt
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check --requirement .venv-oldest/requirements.txt
+	touch $@
+
+coverage: $(READY)  ## the branches of lure.py, baselines.py and evaluate.py that the tests reach
+	$(PYTHON) -m coverage run -m pytest -q $(ARGS) tests
+	$(PYTHON) -m coverage combine --quiet
+	$(PYTHON) -m coverage report
+
+# Of lure.py from the stream to the loop, the methods and the metrics. `mutmut show NAME` shows one.
+CORE := $(addprefix lure.x_,mega_batches connection_sensitivity top_k_mask reinitialize_ averaged unlearn_ cumulative_error_rate \
+    generalization_gap expected_calibration_error corrupt_labels stratified to_input augmented train_epoch_ learn_ evaluate lure_ totals)
+CORE += $(addprefix baselines.x_,warm_start scratch_ shrink_and_perturb_ dash_ fire_ later_layer_forgetting_ reset_classifier_ \
+    redraw_layers_ fisher_ magnitude_ random_ connections keep_top_ loss_gradient)
+CORE += $(addprefix evaluate.x_,reliability_bins pgd_attack predict accuracy corruption_accuracy load_array weight_noise_accuracy)
+mutants: $(READY)  ## mutation testing: of these functions, the changes that no test notices
+	OMP_NUM_THREADS=1 $(PYTHON) -m mutmut run $(addsuffix __mutmut_*,$(CORE))
+	$(PYTHON) -m mutmut results --all true | awk '/: not checked$$/ { next } { n++ } / (killed|timeout)$$/ { k++; next } { print } \
+	    END { printf "%d of %d mutants killed, %.1f %%\n", k, n, 100 * k / n; exit k < 0.9 * n }'
+
+lint: $(READY)  ## ruff: check and format; mypy: the signatures
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
 
 bench: $(READY)  ## the loop beside a plain one: images/s, TFLOP/s, memory, cost of unlearning
 	$(PYTHON) bench.py --out "$(if $(filter command,$(origin OUT)),$(OUT),results/bench)" $(ARGS)
@@ -202,4 +232,4 @@ overview: $(READY)  ## results/README.md, from all tables and figures that are t
 	$(PYTHON) evaluate.py overview results
 
 clean:  ## remove what the demo made, caches and the environment
-	rm -rf demo .cache .venv .pytest_cache .ruff_cache .hypothesis __pycache__ tests/__pycache__
+	rm -rf demo .cache .venv .venv-oldest mutants .coverage .*_cache .hypothesis __pycache__ tests/__pycache__

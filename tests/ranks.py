@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+import baselines
 import lure
 
 TINY = dict(dataset="digits", arch="small", limit=120, limit_test=60, mega_batches=3, epochs=2, device="cpu")
@@ -27,7 +28,7 @@ def without_batch_norm(arch, num_classes, in_channels, mean, std, generator):
     return model
 
 
-def watched(config):
+def watched(config, method=lure.lure_):
     """A run's rows, and of each mega-batch the weights at its end, mask, epochs' losses and samples seen."""
     found = dict(ends=[], masks=[], losses=[], samples=[])
     learn, train_epoch, augmented = lure.learn_, lure.train_epoch_, lure.augmented
@@ -48,7 +49,7 @@ def watched(config):
         return augmented(pixels, index, padding, flip, generator, share)
 
     def forget(model, pi, seen, fresh, generator):
-        mask = lure.lure_(model, pi, seen, fresh, generator)
+        mask = method(model, pi, seen, fresh, generator)
         found["masks"].append(mask)
         found["ends"].append({name: t.clone() for name, t in model.state_dict().items()})
         return mask
@@ -62,11 +63,11 @@ def watched(config):
 
 def experiments():
     with_batch_norm = watched(lure.Config(**TINY))
-    best_val = watched(lure.Config(**TINY | dict(select="best-val", replay="buffer", buffer_size=9)))
+    other = watched(lure.Config(**TINY | dict(select="best-val", replay="none")), baselines.fisher_)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lure, "build_model", without_batch_norm)
         exact = watched(lure.Config(**TINY | dict(precision="float32", epochs=4, lr=0.05)))
-    return dict(with_batch_norm=with_batch_norm, best_val=best_val, exact=exact)
+    return dict(with_batch_norm=with_batch_norm, other=other, exact=exact)
 
 
 if __name__ == "__main__":

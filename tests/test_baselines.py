@@ -80,6 +80,11 @@ def test_shrink_and_perturb_mixes_every_parameter_with_a_fresh_one(seed, shrink,
     assert same(dict(model.named_buffers()), dict(net(seed).named_buffers()))
 
 
+def test_a_fresh_network_of_another_kind_is_refused():
+    with pytest.raises(ValueError):
+        apply(baselines.shrink_and_perturb_, net(1), fresh=lambda: net(2)[:4])
+
+
 def test_shrink_and_perturb_has_the_constants_of_the_paper():
     model, new = net(1), net(2)
     apply(baselines.shrink_and_perturb_, model, fresh=partial(net, 2))
@@ -204,8 +209,10 @@ def test_fire_takes_ten_steps_spares_batch_norms_and_bears_zeros():
     model = net(1)
     with torch.no_grad():
         model[6].weight.zero_()
+        model[8].weight[1:] *= 1e-3  # small singular values, which arrive after more steps
+    before = model[8].weight.detach().clone()
     apply(baselines.fire_, model)
-    torch.testing.assert_close(model[8].weight.detach(), svd_fire(net(1)[8].weight.detach(), 10))
+    torch.testing.assert_close(model[8].weight.detach(), svd_fire(before, 10))
     assert same(state(model[1]), state(net(1)[1])) and not model[6].weight.any()
 
 
@@ -317,6 +324,24 @@ def test_fisher_is_by_default_over_single_samples():
     model, pi = net(1), batch(1)
     before, scores = state(model), slow_fisher(model, *pi, chunk=1)
     check_mask(apply(baselines.fisher_, model, pi), scores, 0.8, model, before)
+    with pytest.raises(ValueError):
+        apply(baselines.fisher_, model, (pi[0], pi[1][:4]))
+
+
+CRITERIA = [baselines.fisher_, baselines.magnitude_, baselines.random_]
+
+
+@pytest.mark.parametrize("method", CRITERIA)
+def test_every_criterion_keeps_80_percent_and_redraws_by_the_generator_alone(method):
+    ends = []
+    for seed in (1, 2):
+        with torch.random.fork_rng([]):
+            torch.manual_seed(seed)
+            model = net(1)
+            mask = torch.cat([m.flatten() for m in apply(method, model, batch(1)).values()])
+        assert int(mask.sum()) == round(0.8 * len(mask))
+        ends.append(state(model))
+    assert same(*ends)
 
 
 @given(seeds, shares)
@@ -350,7 +375,7 @@ def test_random_keeps_every_weight_equally_often():
 
 
 def test_criteria_leave_frozen_weights_alone():
-    for method in (baselines.fisher_, baselines.magnitude_, baselines.random_):
+    for method in CRITERIA:
         model = net(1)
         model[0].weight.requires_grad_(False)
         mask = apply(method, model, batch(1), keep=0.1)
@@ -371,6 +396,16 @@ def test_the_loss_gradient_is_of_the_mean_loss_in_evaluation_mode(seed, n, chunk
     nn.functional.cross_entropy(model(images), labels).backward()
     for g, p in zip(found, model.parameters(), strict=True):
         torch.testing.assert_close(g, p.grad)
+
+
+def test_the_loss_gradient_takes_64_images_at_a_time_as_many_labels_and_idle_parameters():
+    model, (images, labels) = net(1), batch(1, n=65)
+    sizes = []
+    model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    parameters = [*model.parameters(), nn.Parameter(torch.ones(2))]
+    assert not baselines.loss_gradient(model, parameters, images, labels)[-1].any() and sizes == [64, 1]
+    with pytest.raises(ValueError):
+        baselines.loss_gradient(model, parameters, images, labels[:64])
 
 
 # ------------------------------------------------------------ Command line

@@ -5,6 +5,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
+import torchattacks
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -89,6 +90,16 @@ def test_attack_follows_the_formula_of_one_step_and_its_default_size():
     assert torch.equal(default, evaluate.pgd_attack(model, images, labels, 0.05, 10, 2.5 * 0.05 / 10))
 
 
+@given(st.sampled_from([1, 4, 16]), st.integers(1, 10), st.floats(0.1, 1), st.integers(0, 99))
+def test_attack_finds_the_images_that_torchattacks_finds(epsilon, steps, share, seed):
+    model, (images, labels) = network(seed).eval(), pictures(seed=seed)
+    radius, step = epsilon / 255, share * epsilon / 255
+    theirs = torchattacks.PGD(model, eps=radius, alpha=step, steps=steps, random_start=False)(images, labels)
+    ours = evaluate.pgd_attack(model, images, labels, radius, steps, step)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+    assert (ours - images).abs().max() > 0.9 * step
+
+
 def test_attack_starts_uniformly_in_the_ball_with_a_generator():
     model, images = network(), torch.full((40, 3, 8, 8), 0.5)
     labels = torch.zeros(40, dtype=torch.int64)
@@ -160,16 +171,26 @@ def test_corruption_folder_that_is_not_one_names_the_file(tmp_path):
         (lambda: (folder / "fog.npy").write_bytes(b""), "fog.npy: expected an array"),
         (lambda: np.save(folder / "fog.npy", np.zeros((30, 8, 8, 3))), "fog.npy: expected uint8"),
         (lambda: np.save(folder / "fog.npy", np.zeros((29, 8, 8, 3), np.uint8)), "fog.npy: expected uint8"),
-        (lambda: np.save(folder / "fog.npy", np.zeros((30, 8, 8), np.uint8)), "fog.npy: expected uint8"),
+        (
+            lambda: np.save(folder / "fog.npy", np.zeros((30, 8, 8), np.uint8)),
+            r"fog.npy: expected uint8.*found torch.uint8 \(30, 8, 8\) and \(30,\) in labels.npy",
+        ),
     ):
         spoil()
         with pytest.raises(lure.DataError, match=message):
             evaluate.corruption_accuracy(Gray(), folder)
-    for name in evaluate.CORRUPTIONS:
-        np.save(folder / f"{name}.npy", np.zeros((7, 8, 8, 3), np.uint8))
-    np.save(folder / "labels.npy", np.zeros(7, np.uint8))
-    with pytest.raises(lure.DataError, match="five severities"):
-        evaluate.corruption_accuracy(Gray(), folder)
+    for n in (0, 7):
+        for name in evaluate.CORRUPTIONS:
+            np.save(folder / f"{name}.npy", np.zeros((n, 8, 8, 3), np.uint8))
+        np.save(folder / "labels.npy", np.zeros(n, np.uint8))
+        with pytest.raises(lure.DataError, match=f"five severities, found {n} images"):
+            evaluate.corruption_accuracy(Gray(), folder)
+
+
+def test_an_array_of_corruptions_is_read_and_never_written(tmp_path):
+    np.save(tmp_path / "a.npy", np.zeros(3, np.uint8))
+    evaluate.load_array(tmp_path / "a.npy")[0] = 1
+    assert not np.load(tmp_path / "a.npy").any()
 
 
 def test_weight_noise_is_gaussian_and_the_model_is_put_back():
@@ -190,7 +211,18 @@ def test_weight_noise_is_gaussian_and_the_model_is_put_back():
     assert len(seen) == 8 and not any(s.any() for s in seen[:4]) and not torch.equal(seen[4], seen[5])
     noise = torch.cat(seen[4:])
     assert abs(noise.mean()) < 0.03 and noise.std().item() == pytest.approx(0.5, rel=0.05)
+    generator, sizes = draw(), [p.shape for p in model.parameters()]
+    drawn = [torch.cat([torch.randn(s, generator=generator).flatten() for s in sizes]) for _ in range(8)]
+    torch.testing.assert_close(noise, 0.5 * torch.cat(drawn[4:]), rtol=0, atol=1e-6)
     assert evaluate.weight_noise_accuracy(model, images, labels, [0, 0.5], 4, draw()) == [clean, noisy]
+
+
+def test_weight_noise_is_by_default_the_mean_of_three_draws():
+    model, (images, labels) = network().eval(), pictures()
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    evaluate.weight_noise_accuracy(model, images, labels, [0.1])
+    assert len(calls) == 3
 
 
 def test_weight_noise_puts_the_model_back_when_it_fails():

@@ -249,6 +249,32 @@ def test_sensitivity_does_not_depend_on_the_chunk(build):
         torch.testing.assert_close(lure.connection_sensitivity(model, images, labels, chunk), expected)
 
 
+def test_sensitivity_takes_64_images_at_a_time_and_as_many_labels():
+    model, images, labels = problem(mlp, n=65)
+    sizes = []
+    model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    lure.connection_sensitivity(model, images, labels)
+    assert sizes == [64, 1]
+    with pytest.raises(ValueError):
+        lure.connection_sensitivity(model, images, labels[:64])
+
+
+@pytest.mark.parametrize("build", INPUTS)
+def test_sensitivity_is_computed_in_the_precision_of_the_weights(build):
+    model, images, labels = problem(build, n=20)
+    expected = lure.connection_sensitivity(model, images, labels)
+    if images.is_floating_point():
+        images = images.float()
+    scores = lure.connection_sensitivity(model.float(), images, labels)
+    torch.testing.assert_close({n: s.double() for n, s in scores.items()}, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_scores_of_low_precision_sum_to_one():
+    model, images, labels = problem(mlp, n=50, dtype=torch.bfloat16)
+    scores = lure.connection_sensitivity(model, images, labels)
+    assert float(sum(s.double().sum() for s in scores.values())) == pytest.approx(1, abs=1e-3)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_scores_have_the_dtype_and_shape_of_the_weights(dtype):
     model, images, labels = problem(mlp, dtype=dtype)
@@ -430,6 +456,12 @@ def test_a_mask_that_does_not_fit_is_refused_and_nothing_changes(wrong):
     with pytest.raises(ValueError):
         lure.reinitialize_(model, {name: m.bool() for name, m in mask.items()})
     assert same(state(model), before)
+
+
+@pytest.mark.parametrize("step", [lure.unlearn_, lambda model, *pi: lure.lure_(model, pi, *[None] * 3)])
+def test_unlearning_keeps_80_percent(step):
+    mask = torch.cat([m.flatten() for m in step(*problem(mlp)).values()])
+    assert int(mask.sum()) == round(0.8 * len(mask))
 
 
 @pytest.mark.parametrize("build", INPUTS)
