@@ -99,7 +99,7 @@ SCALE := paper
 $(if $(filter-out paper small precision demo,$(SCALE)),$(error SCALE: expected paper or small, not $(SCALE)))
 OUT = results/$(SCALE)
 ALL := $(addprefix table,1 2 3 4 5 6 7 8 9) $(addprefix figure,2 3 4 5 6) where-from cost
-methods := $(shell sed -n '/^METHODS = {/,/^}/s/^    "\([a-z-]*\)".*/\1/p' baselines.py)
+methods := $(shell sed -n '/^METHODS/,/^}/s/^    "\([a-z-]*\)".*/\1/p' baselines.py)
 methods := $(filter-out fisher magnitude random,$(methods))
 paper := warm-start llf sp lure
 compared := $(if $(filter small,$(SCALE)),warm-start lure,$(paper))

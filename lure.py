@@ -355,9 +355,12 @@ def load_folders(name: str, root: Path, cache: Path, image_size: int) -> Dataset
             decoded = torch.stack(list(tqdm(images, f"decode {root}", len(paths), disable=None)))
         write(stored, partial(torch.save, decoded))
     try:
-        train, test = load(stored, mmap=True).split(sizes)
+        decoded = load(stored, mmap=True)
+        if decoded.dtype != torch.uint8 or decoded.shape != (len(paths), 3, image_size, image_size):
+            raise ValueError
     except Exception as error:
         raise DataError(f"{stored}: expected decoded images; remove it ({type(error).__name__})") from error
+    train, test = decoded.split(sizes)
     train_labels, test_labels = torch.tensor(labels).split(sizes)
     return Dataset(train, train_labels, test, test_labels, classes[0])
 
@@ -375,6 +378,8 @@ def decode_image(path: str, size: int) -> Tensor:
     from PIL import Image
 
     try:
+        if not os.path.isfile(path):  # a pipe would be waited for
+            raise ValueError("it is no file")
         with Image.open(path) as file:
             # Of 16 bits, which is mode I, `convert` would cut off what is above 255.
             image = file.convert("I").point(lambda value: value / 257) if file.mode[0] == "I" else file
@@ -393,7 +398,7 @@ def corrupt_labels(labels: Tensor, num_classes: int, probability: float, generat
 def write(path: str | Path, save: Callable[[Path], object]) -> None:
     """Let `save` write a temporary file beside `path`, then rename it: `path` is whole or it is as before."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
+    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
     try:
         save(temporary)
         with open(temporary, "rb+") as file:
@@ -459,16 +464,11 @@ def to_input(pixels: Tensor) -> Tensor:
     return pixels.permute(0, 3, 1, 2).float() / 255
 
 
-def augmented(
-    pixels: Tensor, index: Tensor, padding: int, flip: bool, generator, share=slice(None)
-) -> Tensor:
-    """Gather, crop and flip at random, in one indexing of the uint8 data set (N, H, W, C).
-
-    Of the batch `index` only the samples index[share], each as it would be in the whole batch.
-    """
+def augmented(pixels: Tensor, index: Tensor, padding, flip, generator, share=slice(None)) -> Tensor:
+    """Gather, crop and flip index[share] at random, in one indexing of the uint8 data set (N, H, W, C)."""
     (_, height, width, _), shape, device = pixels.shape, (len(index), 1, 1), pixels.device
     offsets = torch.randint(-padding, padding + 1, (2, *shape), device=device, generator=generator)
-    index, (top, left) = index[share], offsets[:, share]
+    index, (top, left) = index[share], offsets[:, share]  # a sample is the same whatever else is in the share
     rows = top + torch.arange(height, device=device)[:, None]
     columns = torch.arange(width, device=device).expand(len(index), 1, width)
     if flip:
@@ -486,10 +486,7 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
 
 
 def train_epoch_(model, optimizer, pixels, labels, train, config, generator) -> tuple[Tensor, Tensor]:
-    """One epoch on the samples `train`, without a synchronisation. Returns running mean loss and accuracy.
-
-    Of several processes each takes a part of every batch; they average gradients and running statistics.
-    """
+    """One epoch on the samples `train`, without a synchronisation. Returns running mean loss and accuracy."""
     rank, world = ranks()
     *_, padding, flip = PREPROCESSING[config.dataset]
     low = pick_precision(config.precision, train.device) == "bfloat16"
@@ -500,7 +497,7 @@ def train_epoch_(model, optimizer, pixels, labels, train, config, generator) -> 
     total_loss, correct = sums = torch.zeros(2, dtype=torch.float64, device=train.device)
     model.train()
     for index in batches:
-        share = slice(rank * len(index) // world, (rank + 1) * len(index) // world)
+        share = slice(rank * len(index) // world, (rank + 1) * len(index) // world)  # this process's
         with torch.autocast(train.device.type, torch.bfloat16, enabled=low):
             logits = model(augmented(pixels, index, padding, flip, generator, share))
         target = labels[index[share]]
@@ -592,8 +589,9 @@ def run(config: Config, forget: Method = lure_) -> dict:
     origin = provenance(command_line(c), device, data)
     origin["precision"] = pick_precision(c.precision, device)
     record = dict(format=FORMAT, config=asdict(c), totals={}, mega_batches=[], **origin)
-    if there := by_first(lambda: finished(c, record)):
-        return there
+    record = json.loads(json.dumps(record))  # as it will be read
+    if done := by_first(lambda: finished(c, record)):
+        return done
     pixels, test_pixels = (x.permute(0, 2, 3, 1).contiguous().to(device) for x in data[:4:2])
     labels = corrupt_labels(data.labels, len(data.classes), c.label_noise, stream_rng).to(device)
     test_labels = data.test_labels.to(device)
@@ -620,9 +618,8 @@ def run(config: Config, forget: Method = lure_) -> dict:
         if c.keep_momentum:
             optimizer.load_state_dict(state["optimizer"])
     net = nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    passes = [c.epochs * len(batch.train) for batch in stream]
-    total, done = sum(passes), sum(passes[: len(rows)])
-    with tqdm(total=total, initial=done, unit="img", unit_scale=True, disable=rank > 0 or None) as bar:
+    total = c.epochs * sum(len(batch.train) for batch in stream[len(rows) :])
+    with tqdm(total=total, unit="img", unit_scale=True, disable=rank > 0 or None) as bar:
         for i, batch in list(enumerate(stream))[len(rows) :]:
             bar.set_description(f"{Path(c.out).stem} mega-batch {i + 1} of {len(stream)}".lstrip())
             val = torch.cat([b.val for b in stream[: i + 1]]) if c.replay == "full" else batch.val
@@ -693,10 +690,10 @@ def check_feasible(config: Config, pixels: Tensor, stream: list[MegaBatch]) -> N
     if config.select == "best-val" and not all(len(batch.val) for batch in stream):
         raise ValueError("--select best-val: expected validation samples; --val-fraction leaves none")
     if min(config.batch_size, *(len(batch.train) for batch in stream)) < 2 * ranks()[1]:
-        what = "--mega-batches, --batch-size: expected two training samples in each"
-        raise ValueError(f"{what}, for every process, for batch normalisation")
-    if config.out and os.path.abspath(config.out) == os.path.abspath(config.checkpoint):
-        raise ValueError("--checkpoint: expected another file than that of --out")
+        raise ValueError("--mega-batches, --batch-size: expected two training samples in each per process")
+    taken = map(os.path.abspath, (config.out, f"{config.out}.state"))
+    if config.checkpoint and os.path.abspath(config.checkpoint) in taken:
+        raise ValueError(f"--checkpoint {config.checkpoint}: expected another file than --out and its state")
     for path in filter(None, (config.out, config.checkpoint)):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         if os.path.isdir(path) or not os.access(Path(path).parent, os.W_OK):
@@ -715,26 +712,22 @@ def totals(rows: list[dict]) -> dict:
 FORMAT = 1  # of the record and of the state
 PATHS = {"data", "cache", "out", "checkpoint", "device"}  # where things are: no two runs differ by these
 # Beside configuration and data, what has to be as it was for a run to be continued to the same result.
-ALL_THE_SAME = ("format", "git_commit", "versions", "precision", "processes", "device")
+ALL_THE_SAME = ("format", "git_commit", "versions", "processes", "device", "precision")
 
 
 def earlier(path: str, read, run: dict, keys=()) -> dict | None:
     """What an earlier call of the run left at `path`, if anything. ValueError if it is not of this run."""
-
-    def described(record):
-        config = {k: v for k, v in record["config"].items() if k not in PATHS}
-        return json.loads(json.dumps(config | record["data"] | {k: record[k] for k in keys}))
-
     if not os.path.exists(path):
         return None
     try:
-        there = described(record := read(path))
+        record = read(path)
+        there, here = ({f"its {k}": r[k] for k in keys} | r["data"] | r["config"] for r in (record, run))
     except Exception as error:
         kind = type(error).__name__
-        raise ValueError(f"{path}: expected what a call of this run left, or no file ({kind})") from error
-    here = described(run)
-    if odd := [f"{k} {there.get(k)}, not {here.get(k)}" for k in there | here if there.get(k) != here.get(k)]:
-        raise ValueError(f"{path}: expected no file, or one of this run; found {', '.join(odd)}")
+        raise ValueError(f"{path}: expected what a call of this run wrote, or no file ({kind})") from error
+    if odd := [k for k in there | here if k not in PATHS and there.get(k) != here.get(k)]:
+        found = ", ".join(f"{k} {there.get(k)}, not {here.get(k)}" for k in odd)
+        raise ValueError(f"{path}: expected no file, or one of this run; found {found}")
     return record
 
 
@@ -751,7 +744,7 @@ def tidy(config: Config) -> None:
     """Remove what a run that is done may have left: its state, temporary files of killed calls."""
     Path(f"{config.out}.state").unlink(missing_ok=True)
     for path in map(Path, filter(None, (config.out, config.checkpoint))):
-        for temporary in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        for temporary in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
             temporary.unlink(missing_ok=True)
 
 
@@ -811,7 +804,8 @@ def guarded(program: str, call) -> int:
     try:
         call()
     except (ValueError, DataError, OSError, FloatingPointError, KeyboardInterrupt) as error:
-        print(f"{program}: {' '.join(str(error).splitlines()) or 'interrupted'}", file=sys.stderr)
+        message = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))
+        print(f"{program}: {message or 'interrupted'}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 130 if isinstance(error, KeyboardInterrupt) else 1
     return 0
 

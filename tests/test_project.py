@@ -81,7 +81,7 @@ def test_a_file_of_another_configuration_is_never_overwritten(tmp_path, capsys):
     assert out.read_bytes() == before
     capsys.readouterr()
     out.write_text("something else")
-    refused(capsys, 2, "run.json", "expected the record of a run", argv=["--out", str(out)])
+    refused(capsys, 2, "run.json", "or no file (JSONDecodeError)", argv=["--out", str(out)])
     assert out.read_text() == "something else"
 
 
