@@ -772,6 +772,68 @@ def test_an_epoch_returns_running_mean_loss_and_accuracy(n, batch_size, seed):
     assert float(accuracy) == pytest.approx(float((logits.argmax(1) == shown % 3).double().mean()))
 
 
+# ------------------------------------------------------------ Several processes, as each of them sees it
+# test_processes.py starts real ones.
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_averaged_is_the_mean_over_the_processes_in_place(world, monkeypatch):
+    tensors = [torch.tensor([1.0, 2.0]), torch.tensor(3.0)]
+    assert lure.averaged(tensors) is tensors and [t.tolist() for t in tensors] == [[1, 2], 3]
+    monkeypatch.setattr(lure.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(lure.dist, "get_world_size", lambda: world)
+    monkeypatch.setattr(lure.dist, "all_reduce", lambda tensor: tensor.mul_(10))  # the sum
+    before = [t.clone() for t in tensors]
+    assert lure.averaged(tensors) is tensors
+    for now, then in zip(tensors, before, strict=True):
+        torch.testing.assert_close(now, then * 10 / world)
+
+
+def seen_by(rank, world, n, batch_size, seed):
+    """The samples, loss and accuracy of an epoch as one of several processes sees it, and its gradients."""
+    gradients = []
+    step = torch.optim.SGD.step
+
+    def noting(optimizer, *args):
+        gradients.append(optimizer.param_groups[0]["params"][0].grad.clone())
+        return step(optimizer, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lure, "ranks", lambda: (rank, world))
+        patch.setattr(torch.optim.SGD, "step", noting)
+        batches, (loss, accuracy) = epoch(n, batch_size, seed)
+    return numbers(batches), torch.stack([loss, accuracy]), gradients
+
+
+@given(st.integers(2, 4), st.integers(8, 40), st.integers(8, 15), seeds)
+def test_the_mean_over_the_processes_is_what_one_computes(world, n, batch_size, seed):
+    parts = [seen_by(rank, world, n, batch_size, seed) for rank in range(world)]
+    for batch in zip(*(samples for samples, _, _ in parts), strict=True):
+        sizes = [len(share) for share in batch]
+        assert min(sizes) >= 2 and max(sizes) - min(sizes) <= 1
+    if n % batch_size == 0 or n % batch_size >= 2 * world or n < batch_size:
+        samples, result, gradients = seen_by(0, 1, n, batch_size, seed)
+        together = [
+            [i for share in batch for i in share] for batch in zip(*(part[0] for part in parts), strict=True)
+        ]
+        assert together == samples
+        torch.testing.assert_close(sum(part[1] for part in parts) / world, result)
+        for i, gradient in enumerate(gradients):
+            torch.testing.assert_close(sum(part[2][i] for part in parts) / world, gradient)
+
+
+def test_running_statistics_and_sums_are_averaged_after_the_epoch(monkeypatch):
+    averaged = []
+    monkeypatch.setattr(lure, "averaged", lambda tensors: averaged.append([*tensors]) or tensors)
+    model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Linear(64, 3))
+    pixels, labels = torch.zeros(4, 8, 8, 1, dtype=torch.uint8), torch.arange(4) % 3
+    config = lure.Config("digits", precision="float32")
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    lure.train_epoch_(model, optimizer, pixels, labels, torch.arange(4), config, seeded(0))
+    ((_, *statistics),) = averaged
+    assert [id(s) for s in statistics] == [id(model[1].running_mean), id(model[1].running_var)]
+
+
 @pytest.mark.parametrize("has", [{}, {"avx512_bf16": True}, {"amx_bf16": True}, {"avx512_bf16": False}])
 @pytest.mark.parametrize("precision", ["auto", "float32", "bfloat16"])
 def test_training_is_in_the_precision_asked_for_or_the_processors_own(precision, has, monkeypatch):
