@@ -298,7 +298,7 @@ def measure(args: argparse.Namespace) -> None:
     if args.out:
         path = args.out / re.sub("[^a-z0-9]+", "-", f"{result['device']} {result['threads']} threads".lower())
         for suffix, content in ((".json", json.dumps(result, indent=1) + "\n"), (".md", text)):
-            lure.write(path.with_suffix(suffix), lambda file, content=content: file.write_text(content))
+            lure.write(path.with_suffix(suffix), lambda file, content=content: file.write(content.encode()))
 
 
 if __name__ == "__main__":

@@ -174,7 +174,7 @@ def metrics(path: Path, args: argparse.Namespace) -> dict:
         result |= clean_metrics(model, data, config["seed"], args.epsilons, args.sigmas)
         target = path.with_suffix(".metrics.json")
     text = json.dumps(result, indent=1) + "\n"
-    lure.write(target, lambda file: file.write_text(text))
+    lure.write(target, lambda file: file.write(text.encode()))
     return result
 
 
@@ -550,7 +550,7 @@ def report(out: Path, paths: list[Path]) -> str:
                 cells = [claim["claim"], headline(name).split(":")[0], f"{scale}, {title}", *result]
                 lines.append(f"| {' | '.join(cells)} |\n")
     text = "\n".join(parts) + (f"\n{CLAIMS}{''.join(lines)}" if lines else "")
-    lure.write(out, lambda path: path.write_text(text))
+    lure.write(out, lambda file: file.write(text.encode()))
     return text
 
 
@@ -753,7 +753,7 @@ def overview(folder: Path) -> str:
                 shown = "".join(f"![{headline(name)}]({scale}/{i.name})\n\n" for i in images)
                 parts.append(f"## {headline(name)} ({scale})\n\n{shown}{tables.rstrip()}\n")
     text = f"{INTRODUCTION}\n{CLAIMS}{''.join(claims)}\n" + "\n".join(parts)
-    lure.write(folder / "README.md", lambda path: path.write_text(text))
+    lure.write(folder / "README.md", lambda file: file.write(text.encode()))
     return text
 
 

@@ -33,7 +33,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -89,6 +89,8 @@ class Config:
     def __post_init__(self):
         for f in fields(self):
             value, meta, flag = getattr(self, f.name), f.metadata, "--" + f.name.replace("_", "-")
+            if value == [] and f.default != ():  # what argparse makes of --flag=--
+                raise ValueError(f"{flag}: expected {meta['help']}; got nothing")
             if meta["choices"] and value not in meta["choices"]:
                 raise ValueError(f"{flag}: there is no {value!r}; choose from {', '.join(meta['choices'])}")
             if isinstance(value, (int, float)) and not meta["low"] <= value <= meta["high"]:
@@ -395,15 +397,18 @@ def corrupt_labels(labels: Tensor, num_classes: int, probability: float, generat
     return torch.where(torch.rand(labels.shape, generator=generator) < probability, redrawn, labels)
 
 
-def write(path: str | Path, save: Callable[[Path], object]) -> None:
+def write(path: str | Path, save: Callable[[BinaryIO], object]) -> None:
     """Let `save` write a temporary file beside `path`, then rename it: `path` is whole or it is as before."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
     try:
-        save(temporary)
-        with open(temporary, "rb+") as file:
+        with open(temporary, "wb") as file:
+            save(file)
+            file.flush()
             os.fsync(file)
         temporary.replace(path)
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written ({error})") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -652,7 +657,7 @@ def run(config: Config, forget: Method = lure_) -> dict:
         state = dict(config=asdict(c), classes=data.classes, weights=model.state_dict())
         write(c.checkpoint, partial(torch.save, state))
     if c.out and rank == 0:
-        write(c.out, lambda path: path.write_text(json.dumps(record, indent=1) + "\n"))
+        write(c.out, lambda file: file.write(f"{json.dumps(record, indent=1)}\n".encode()))
         tidy(c)
     return record
 
@@ -696,7 +701,7 @@ def check_feasible(config: Config, pixels: Tensor, stream: list[MegaBatch]) -> N
         raise ValueError(f"--checkpoint {config.checkpoint}: expected another file than --out and its state")
     for path in filter(None, (config.out, config.checkpoint)):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        if os.path.isdir(path) or not os.access(Path(path).parent, os.W_OK):
+        if os.path.isdir(path) or path.endswith("/") or not os.access(Path(path).parent, os.W_OK):
             raise OSError(f"{path}: expected a file that can be written")
 
 

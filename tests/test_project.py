@@ -98,8 +98,8 @@ def test_a_failed_write_leaves_the_old_file_alone(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
 
-    def fail(temporary):
-        temporary.write_text("half")
+    def fail(file):
+        file.write(b"half")
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):

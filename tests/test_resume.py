@@ -223,10 +223,12 @@ def test_what_a_call_that_was_killed_at_its_very_end_left_is_removed(stopped_run
 def test_what_is_written_is_flushed_to_disk_before_it_is_renamed(tmp_path, monkeypatch):
     events = []
     fsync, replace = os.fsync, Path.replace
-    monkeypatch.setattr(os, "fsync", lambda file: events.append("flushed") or fsync(file))
+    monkeypatch.setattr(
+        os, "fsync", lambda file: events.append(os.fstat(file.fileno()).st_size) or fsync(file)
+    )
     monkeypatch.setattr(Path, "replace", lambda *paths: events.append("renamed") or replace(*paths))
-    lure.write(tmp_path / "file", lambda path: path.write_text("all of it"))
-    assert events == ["flushed", "renamed"] and (tmp_path / "file").read_text() == "all of it"
+    lure.write(tmp_path / "file", lambda file: file.write(b"all of it"))
+    assert events == [len("all of it"), "renamed"] and (tmp_path / "file").read_text() == "all of it"
 
 
 def test_a_run_without_a_record_leaves_no_state(tmp_path, monkeypatch):
