@@ -327,7 +327,7 @@ def load_record(path: Path) -> dict:
         record["options"]["precision"] = record["precision"]  # what it was, where the option is auto
         if "keep" not in inspect.signature(METHODS[method]).parameters:
             record["options"]["keep"] = None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = f"no entry {error}" if isinstance(error, KeyError) else error
         raise DataError(f"{file}: expected the record of the run that its name says ({reason})") from error
     return record | {"path": path, "named": named}
@@ -752,6 +752,8 @@ def overview(folder: Path) -> str:
                 images = sorted(path.parent.glob(f"{name}-*.png"))
                 shown = "".join(f"![{headline(name)}]({scale}/{i.name})\n\n" for i in images)
                 parts.append(f"## {headline(name)} ({scale})\n\n{shown}{tables.rstrip()}\n")
+    if not parts:
+        raise DataError(f"{folder}: expected reports in paper, small or precision; found none")
     text = f"{INTRODUCTION}\n{CLAIMS}{''.join(claims)}\n" + "\n".join(parts)
     lure.write(folder / "README.md", lambda file: file.write(text.encode()))
     return text

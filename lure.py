@@ -350,7 +350,7 @@ def load_folders(name: str, root: Path, cache: Path, image_size: int) -> Dataset
     digest = hashlib.sha256(json.dumps([image_size, content]).encode()).hexdigest()
     stored = cache / f"{root.resolve().name}-{image_size}-{digest[:16]}.pt"
     if not stored.exists():
-        with ThreadPoolExecutor(os.cpu_count()) as pool, warnings.catch_warnings():  # more would be slower
+        with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:  # more would be slower
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)  # a huge image
             images = pool.map(partial(decode_image, size=image_size), paths)
@@ -382,7 +382,7 @@ def decode_image(path: str, size: int) -> Tensor:
     try:
         if not os.path.isfile(path):  # a pipe would be waited for
             raise ValueError("it is no file")
-        with Image.open(path) as file:
+        with Image.open(path, formats=("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")) as file:
             # Of 16 bits, which is mode I, `convert` would cut off what is above 255.
             image = file.convert("I").point(lambda value: value / 257) if file.mode[0] == "I" else file
             resized = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
@@ -696,12 +696,13 @@ def check_feasible(config: Config, pixels: Tensor, stream: list[MegaBatch]) -> N
         raise ValueError("--select best-val: expected validation samples; --val-fraction leaves none")
     if min(config.batch_size, *(len(batch.train) for batch in stream)) < 2 * ranks()[1]:
         raise ValueError("--mega-batches, --batch-size: expected two training samples in each per process")
-    taken = map(os.path.abspath, (config.out, f"{config.out}.state"))
-    if config.checkpoint and os.path.abspath(config.checkpoint) in taken:
+    taken = map(os.path.realpath, (config.out, f"{config.out}.state"))
+    if config.checkpoint and os.path.realpath(config.checkpoint) in taken:
         raise ValueError(f"--checkpoint {config.checkpoint}: expected another file than --out and its state")
     for path in filter(None, (config.out, config.checkpoint)):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        if os.path.isdir(path) or path.endswith("/") or not os.access(Path(path).parent, os.W_OK):
+        odd = path.endswith("/") or (os.path.exists(path) and not os.path.isfile(path))
+        if odd or not os.access(Path(path).parent, os.W_OK):
             raise OSError(f"{path}: expected a file that can be written")
 
 
@@ -722,7 +723,7 @@ ALL_THE_SAME = ("format", "git_commit", "versions", "processes", "device", "prec
 
 def earlier(path: str, read, run: dict, keys=()) -> dict | None:
     """What an earlier call of the run left at `path`, if anything. ValueError if it is not of this run."""
-    if not os.path.exists(path):
+    if not os.path.isfile(path):
         return None
     try:
         record = read(path)

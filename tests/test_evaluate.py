@@ -79,6 +79,16 @@ def test_attack_stays_in_ball_and_box_and_leaves_the_model(epsilon, steps, step_
         assert torch.equal(attacked, images)
 
 
+def test_a_reliability_bin_is_closed_on_the_right_in_double_precision():
+    edges = torch.linspace(0, 1, 16, dtype=torch.float64)[2:-1]
+    for confidence, shift in ((edges, 1), (torch.nextafter(edges, torch.ones(())), 2)):
+        probabilities = torch.cat(
+            [confidence[:, None], (1 - confidence)[:, None] / torch.full((13, 20), 20.0)], 1
+        )
+        count = evaluate.reliability_bins(probabilities, torch.zeros(13, dtype=torch.int64))["count"]
+        assert count.tolist() == [float(shift <= b < shift + 13) for b in range(15)]
+
+
 def test_attack_follows_the_formula_of_one_step_and_its_default_size():
     model, (images, labels) = network().eval(), pictures()
     x = images.clone().requires_grad_()
@@ -88,6 +98,7 @@ def test_attack_follows_the_formula_of_one_step_and_its_default_size():
     assert torch.allclose(evaluate.pgd_attack(model, images, labels, 0.05, 1, 0.01), expected, atol=1e-7)
     default = evaluate.pgd_attack(model, images, labels, 0.05, 10)
     assert torch.equal(default, evaluate.pgd_attack(model, images, labels, 0.05, 10, 2.5 * 0.05 / 10))
+    assert torch.equal(default, evaluate.pgd_attack(model, images, labels, 0.05))
 
 
 @given(st.sampled_from([1, 4, 16]), st.integers(1, 10), st.floats(0.1, 1), st.integers(0, 99))
@@ -119,6 +130,12 @@ def test_attack_on_the_models_own_predictions_never_raises_its_accuracy(seed):
         evaluate.accuracy(model, evaluate.pgd_attack(model, images, own, e), own) for e in (0, 0.02, 0.3)
     ]
     assert accuracies[0] == 100 and accuracies[2] < 100 and accuracies[1] <= 100
+
+
+def test_predictions_are_made_for_128_images_at_a_time():
+    model, sizes = network(), []
+    model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    assert evaluate.predict(model, pictures(129)[0]).shape == (129, 5) and sizes == [128, 1]
 
 
 @pytest.mark.parametrize("epsilon, steps", [(-0.1, 10), (float("nan"), 10), (0.1, 0)])

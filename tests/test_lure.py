@@ -381,7 +381,7 @@ def test_the_number_kept_is_rounded_as_python_rounds():
 
 @pytest.mark.parametrize("keep", [0, 0.0, -0.5, 1.0001, 2, math.inf, math.nan])
 def test_a_share_that_cannot_be_kept_is_refused(keep):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=f"keep is {keep}"):
         lure.top_k_mask({"w": torch.rand(3)}, keep)
 
 
@@ -436,6 +436,12 @@ def test_redrawn_values_are_a_function_of_the_generator(seed, other):
     assert torch.equal(torch.get_rng_state(), rng)
 
 
+def test_the_bound_of_redrawn_values_is_one_for_a_single_input():
+    model = nn.Linear(1, 200)
+    lure.reinitialize_(model, {"weight": torch.zeros(200, 1, dtype=torch.bool)}, seeded(3))
+    assert 0.9 < model.weight.abs().max() <= 1
+
+
 def test_redrawn_values_are_uniform():
     model = nn.Conv2d(10, 200, 5)
     lure.reinitialize_(model, {"weight": torch.zeros(200, 10, 5, 5, dtype=torch.bool)}, seeded(3))
@@ -453,7 +459,7 @@ def test_a_mask_that_does_not_fit_is_refused_and_nothing_changes(wrong):
     model, *_ = problem(mlp)
     before = state(model)
     mask = {"0.weight": torch.zeros(4, 3)} | wrong
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"no parameter '3\.weights?' of shape \([34]"):
         lure.reinitialize_(model, {name: m.bool() for name, m in mask.items()})
     assert same(state(model), before)
 

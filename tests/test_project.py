@@ -380,6 +380,12 @@ def test_the_overview_and_the_readme_show_what_the_reports_say(tmp_path):
         assert table in README
 
 
+def test_an_overview_of_nothing_is_refused(tmp_path):
+    with pytest.raises(lure.DataError, match="found none"):
+        evaluate.overview(tmp_path / "nowhere")
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_benchmarks_of_the_readme_are_what_the_results_say():
     results = re.findall(r"\((results/bench/[^)]+)\.md\)", README)
     assert results
