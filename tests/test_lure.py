@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import examples
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 from torchmetrics.functional.classification import multiclass_calibration_error
@@ -752,6 +752,7 @@ def numbers(batches):
 
 
 @given(st.integers(1, 40), st.integers(2, 9), seeds)
+@example(5, 4, 0)
 def test_an_epoch_visits_every_sample_once_and_no_batch_is_of_one(n, batch_size, seed):
     batches = numbers(epoch(n, batch_size, seed)[0])
     expected = [batch_size] * (n // batch_size) + [n % batch_size] * (n % batch_size > 0)
@@ -776,6 +777,7 @@ def test_an_epoch_returns_running_mean_loss_and_accuracy(n, batch_size, seed):
     shown, logits = (torch.cat(parts) for parts in zip(*batches, strict=True))
     assert float(loss) == pytest.approx(float(nn.functional.cross_entropy(logits, shown % 3)), rel=1e-4)
     assert float(accuracy) == pytest.approx(float((logits.argmax(1) == shown % 3).double().mean()))
+    assert loss.dtype == accuracy.dtype == torch.float64
 
 
 # ------------------------------------------------------------ Several processes, as each of them sees it
