@@ -40,7 +40,7 @@ test-oldest: .venv-oldest/installed  ## the same with the oldest torch and torch
 
 .venv-oldest/installed: requirements.txt
 	python3 -m venv .venv-oldest
-	sed 's/^\(torch\|torchvision\)>=/\1==/' requirements.txt > .venv-oldest/requirements.txt
+	sed -e 's/^torch>=/torch==/' -e 's/^torchvision>=/torchvision==/' requirements.txt > .venv-oldest/requirements.txt
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check --requirement .venv-oldest/requirements.txt
 	touch $@
 
