@@ -4,11 +4,14 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tiny networks gain nothing from a second thread
 
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None, max_examples=30)
+settings.register_profile(
+    "mutants", settings.get_profile("repeatable"), phases=[Phase.explicit, Phase.generate]
+)
 settings.register_profile("long", deadline=None, max_examples=2000, print_blob=True)
 settings.load_profile("repeatable")
 
