@@ -50,7 +50,7 @@ coverage: $(READY)  ## the branches of lure.py, baselines.py and evaluate.py tha
 	$(PYTHON) -m coverage report
 
 # Of lure.py from the stream to the loop, the methods and the metrics. `mutmut show NAME` shows one.
-CORE := $(addprefix lure.x_,mega_batches connection_sensitivity top_k_mask reinitialize_ averaged unlearn_ cumulative_error_rate \
+CORE := $(addprefix lure.x_,mega_batches connection_sensitivity top_k_mask reinitialize_ average_ unlearn_ cumulative_error_rate \
     generalization_gap expected_calibration_error corrupt_labels stratified to_input augmented train_epoch_ learn_ evaluate lure_ totals)
 CORE += $(addprefix baselines.x_,warm_start scratch_ shrink_and_perturb_ dash_ fire_ later_layer_forgetting_ reset_classifier_ \
     redraw_layers_ fisher_ magnitude_ random_ connections keep_top_ loss_gradient)
@@ -58,7 +58,7 @@ CORE += $(addprefix evaluate.x_,reliability_bins pgd_attack predict accuracy cor
 mutants: $(READY)  ## mutation testing: of these functions, the changes that no test notices
 	OMP_NUM_THREADS=1 $(PYTHON) -m mutmut run $(addsuffix __mutmut_*,$(CORE))
 	$(PYTHON) -m mutmut results --all true | awk '/: not checked$$/ { next } { n++ } / (killed|timeout)$$/ { k++; next } { print } \
-	    END { printf "%d of %d mutants killed, %.1f %%\n", k, n, 100 * k / n; exit k < 0.9 * n }'
+	    END { printf "%d of %d mutants killed, %.1f %%\n", k, n, 100 * k / (n + !n); exit !n || k < 0.9 * n }'
 
 lint: $(READY)  ## ruff: check and format; mypy: the signatures
 	$(PYTHON) -m ruff check .
@@ -232,4 +232,4 @@ overview: $(READY)  ## results/README.md, from all tables and figures that are t
 	$(PYTHON) evaluate.py overview results
 
 clean:  ## remove what the demo made, caches and the environment
-	rm -rf demo .cache .venv .venv-oldest mutants .coverage .*_cache .hypothesis __pycache__ tests/__pycache__
+	rm -rf demo .cache .venv .venv-oldest mutants .coverage* .*_cache .hypothesis __pycache__ tests/__pycache__

@@ -55,7 +55,7 @@ def dash_(model, pi, seen, fresh, generator, alpha=0.3, floor=0.3) -> None:
     for images, labels in seen():
         for g, gradient in zip(momentum, loss_gradient(model, parameters, images, labels), strict=True):
             g.mul_(1 - alpha).sub_(gradient, alpha=alpha)
-    lure.averaged(momentum)
+    lure.average_(momentum)
     with torch.no_grad():
         for p, g in zip(parameters, momentum, strict=True):
             groups = p.shape[:2] if p.ndim == 4 else p.shape[:1] if p.ndim == 2 else (1,)
@@ -148,7 +148,7 @@ def connections(model) -> dict[str, Tensor]:
 
 
 def keep_top_(model, scores, keep, generator) -> dict[str, Tensor]:
-    lure.averaged([*scores.values()])
+    lure.average_(scores.values())
     mask = lure.top_k_mask(scores, keep)
     lure.reinitialize_(model, mask, generator)
     return mask

@@ -59,7 +59,7 @@ class Config:
     dataset: str = option("cifar10", "data set", DATASETS)
     data: str = option("data", "folder that the data set is in, or is downloaded to")
     cache: str = option(".cache", "folder for decoded images")
-    image_size: int = option(0, "side to resize images to; 0: that of folders to 32, others not", high=1024)
+    image_size: int = option(0, "side to resize to, at most 1024; 0: folders to 32, others not", high=1024)
     limit: int = option(0, "training images to use, a stratified choice; 0: all")
     limit_test: int = option(0, "test images to use, a stratified choice; 0: all")
     shots: int = option(0, "training images of each class to use, whatever --limit is; 0: all")
@@ -94,8 +94,7 @@ class Config:
             if meta["choices"] and value not in meta["choices"]:
                 raise ValueError(f"{flag}: there is no {value!r}; choose from {', '.join(meta['choices'])}")
             if isinstance(value, (int, float)) and not meta["low"] <= value <= meta["high"]:
-                large = ", which is too large" if value > meta["high"] else ""
-                raise ValueError(f"{flag}: expected {meta['help']}; got {value}{large}")
+                raise ValueError(f"{flag}: expected {meta['help']}; got {value}")
 
 
 class DataError(Exception):
@@ -203,13 +202,12 @@ def reinitialize_(model: nn.Module, mask: dict[str, Tensor], generator: torch.Ge
         return sum(int((~m).sum()) for m in mask.values())
 
 
-def averaged(tensors: list[Tensor]) -> list[Tensor]:
-    """The tensors, each in place its mean over the processes of torch.distributed, if there are any."""
+def average_(tensors: Iterable[Tensor]) -> None:
+    """Each of the tensors becomes, in place, its mean over the processes of torch.distributed, if any."""
     if dist.is_initialized():
         for tensor in tensors:
             dist.all_reduce(tensor)
             tensor /= dist.get_world_size()
-    return tensors
 
 
 def unlearn_(model: nn.Module, images: Tensor, labels: Tensor, keep=0.8, generator=None) -> dict[str, Tensor]:
@@ -219,7 +217,7 @@ def unlearn_(model: nn.Module, images: Tensor, labels: Tensor, keep=0.8, generat
     Scores are averaged over the processes of torch.distributed: at one generator state all redraw the same.
     """
     scores = connection_sensitivity(model, images, labels)
-    averaged([*scores.values()])
+    average_(scores.values())
     mask = top_k_mask(scores, keep)
     reinitialize_(model, mask, generator)
     return mask
@@ -347,7 +345,7 @@ def load_folders(name: str, root: Path, cache: Path, image_size: int) -> Dataset
     sizes, (paths, labels) = [len(s) for s in samples], zip(*samples[0], *samples[1], strict=True)
     below, stats = len(str(root / "x")) - 1, map(os.stat, paths)
     content = [(p[below:], s.st_size, s.st_mtime_ns) for p, s in zip(paths, stats, strict=True)]
-    digest = hashlib.sha256(json.dumps([image_size, content]).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps([2, image_size, content]).encode()).hexdigest()  # 2: of `decode_image`
     stored = cache / f"{root.resolve().name}-{image_size}-{digest[:16]}.pt"
     if not stored.exists():
         with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:  # more would be slower
@@ -400,15 +398,15 @@ def corrupt_labels(labels: Tensor, num_classes: int, probability: float, generat
 def write(path: str | Path, save: Callable[[BinaryIO], object]) -> None:
     """Let `save` write a temporary file beside `path`, then rename it: `path` is whole or it is as before."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
+    temporary = Path(path).with_name(f".{Path(path).name}.{platform.node()}-{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             save(file)
             file.flush()
             os.fsync(file)
         temporary.replace(path)
-    except OSError as error:
-        raise OSError(f"{path}: cannot be written ({error})") from error
+    except (OSError, RuntimeError) as error:  # torch.save hides the first in the second
+        raise OSError(f"{path}: cannot be written ({error.__context__ or error})") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -512,7 +510,7 @@ def train_epoch_(model, optimizer, pixels, labels, train, config, generator) -> 
         optimizer.step()
         total_loss += loss.detach() * len(index)
         correct += (logits.argmax(1) == target).sum() * world
-    averaged([sums, *(b for name, b in model.named_buffers() if "running_" in name)])
+    average_([sums, *(b for name, b in model.named_buffers() if "running_" in name)])
     return total_loss / len(train), correct / len(train)
 
 
@@ -526,9 +524,9 @@ def learn_(model, optimizer, pixels, labels, train, val, config, generator, bar)
         if not loss.isfinite():
             raise FloatingPointError(f"{bar.desc}in epoch {epoch + 1}, the loss is {float(loss)}")
         if config.select == "best-val":
-            accuracy = torch.tensor(evaluate(model, pixels[val], labels[val])["accuracy"])
-            if float(*averaged([accuracy])) > best:
-                best, weights = float(accuracy), copy.deepcopy(model.state_dict())
+            accuracy = by_first(lambda: evaluate(model, pixels[val], labels[val])["accuracy"])
+            if accuracy > best:
+                best, weights = accuracy, copy.deepcopy(model.state_dict())
         bar.update(len(train))
     if weights:
         model.load_state_dict(weights)
@@ -557,11 +555,7 @@ def lure_(model, pi, seen, fresh, generator, keep=0.8) -> dict[str, Tensor]:
     return unlearn_(model, images, labels, keep, generator)
 
 
-Sample = tuple[Tensor, Tensor]
-Method = Callable[  # `run` says what it gets and does
-    [nn.Module, Sample, Callable[[], Iterator[Sample]], Callable[[], nn.Module], torch.Generator],
-    dict[str, Tensor] | None,
-]
+Method = Callable[..., dict[str, Tensor] | None]  # `run` says what it gets and does
 
 
 def run(config: Config, forget: Method = lure_) -> dict:
@@ -582,19 +576,20 @@ def run(config: Config, forget: Method = lure_) -> dict:
 
     c, device = config, pick_device(config.device)
     if "keep" in inspect.signature(forget).parameters:
-        forget = partial(forget, keep=c.keep)  # type: ignore[call-arg]
+        forget = partial(forget, keep=c.keep)  # what the record says
     rngs = [torch.Generator(d) for d in ("cpu", "cpu", "cpu", device)]
     stream_rng, start_rng, forget_rng, order_rng = (g.manual_seed(4 * c.seed + i) for i, g in enumerate(rngs))
-    (rank, world), leads = ranks(), os.environ.get("LOCAL_RANK", "0") == "0"
+    (rank, world), leads = ranks(), os.environ.get("LOCAL_RANK") in ("0", None)
     if world > 1 and not leads:
         dist.barrier()  # until the first process of this machine has filled the cache
     data = load_dataset(c.dataset, c.data, c.cache, c.image_size, c.limit, c.limit_test, c.shots)
     if world > 1 and leads:
         dist.barrier()
-    origin = provenance(command_line(c), device, data)
-    origin["precision"] = pick_precision(c.precision, device)
+    origin = provenance(command_line(c), device, data) | dict(precision=pick_precision(c.precision, device))
     record = dict(format=FORMAT, config=asdict(c), totals={}, mega_batches=[], **origin)
     record = json.loads(json.dumps(record))  # as it will be read
+    if by_first(lambda: record["data"]) != record["data"]:
+        raise DataError(f"{c.data}: expected the data of the first process, found others")
     if done := by_first(lambda: finished(c, record)):
         return done
     pixels, test_pixels = (x.permute(0, 2, 3, 1).contiguous().to(device) for x in data[:4:2])
@@ -615,7 +610,7 @@ def run(config: Config, forget: Method = lure_) -> dict:
 
     model, rows = build(start_rng), record["mega_batches"]
     optimizer = build_optimizer(model, c)
-    if c.out and (state := by_first(lambda: earlier(f"{c.out}.state", load, record, ALL_THE_SAME))):
+    if c.out and (state := by_first(lambda: read_earlier(f"{c.out}.state", load, record, ALL_THE_SAME))):
         rows += state["mega_batches"]
         model.load_state_dict(state["model"])
         for generator, its_state in zip(rngs, state["generators"], strict=True):
@@ -623,6 +618,7 @@ def run(config: Config, forget: Method = lure_) -> dict:
         if c.keep_momentum:
             optimizer.load_state_dict(state["optimizer"])
     net = nn.parallel.DistributedDataParallel(model) if world > 1 else model
+    net.broadcast_buffers = False  # running statistics are each process's own, until they are averaged
     total = c.epochs * sum(len(batch.train) for batch in stream[len(rows) :])
     with tqdm(total=total, unit="img", unit_scale=True, disable=rank > 0 or None) as bar:
         for i, batch in list(enumerate(stream))[len(rows) :]:
@@ -648,15 +644,15 @@ def run(config: Config, forget: Method = lure_) -> dict:
                 if mask is not None:
                     redrawn = torch.cat([~m.flatten() for m in mask.values()])
                     rows[-1]["redrawn"] = redrawn.double().mean().item()
-            if c.out and rank == 0:
+            if rank == 0 and c.out:
                 state = record | dict(model=model.state_dict(), generators=[g.get_state() for g in rngs])
                 state["optimizer"] = optimizer.state_dict() if c.keep_momentum else None
                 write(f"{c.out}.state", partial(torch.save, state))
     record["totals"] = totals(rows)
-    if c.checkpoint and rank == 0:
+    if rank == 0 and c.checkpoint:
         state = dict(config=asdict(c), classes=data.classes, weights=model.state_dict())
         write(c.checkpoint, partial(torch.save, state))
-    if c.out and rank == 0:
+    if rank == 0 and c.out:
         write(c.out, lambda file: file.write(f"{json.dumps(record, indent=1)}\n".encode()))
         tidy(c)
     return record
@@ -667,6 +663,7 @@ def pick_device(name: str) -> torch.device:
     name = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and dist.is_initialized():
         name = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(name)
     try:
         if torch.device(name).type in ("cpu", "cuda"):
             return torch.zeros(1, device=name).device
@@ -695,11 +692,11 @@ def check_feasible(config: Config, pixels: Tensor, stream: list[MegaBatch]) -> N
     if config.select == "best-val" and not all(len(batch.val) for batch in stream):
         raise ValueError("--select best-val: expected validation samples; --val-fraction leaves none")
     if min(config.batch_size, *(len(batch.train) for batch in stream)) < 2 * ranks()[1]:
-        raise ValueError("--mega-batches, --batch-size: expected two training samples in each per process")
+        raise ValueError("--mega-batches, --batch-size: expected two training samples for every process")
     taken = map(os.path.realpath, (config.out, f"{config.out}.state"))
     if config.checkpoint and os.path.realpath(config.checkpoint) in taken:
         raise ValueError(f"--checkpoint {config.checkpoint}: expected another file than --out and its state")
-    for path in filter(None, (config.out, config.checkpoint)):
+    for path in filter(None, (config.out, config.out and f"{config.out}.state", config.checkpoint)):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         odd = path.endswith("/") or (os.path.exists(path) and not os.path.isfile(path))
         if odd or not os.access(Path(path).parent, os.W_OK):
@@ -721,17 +718,18 @@ PATHS = {"data", "cache", "out", "checkpoint", "device"}  # where things are: no
 ALL_THE_SAME = ("format", "git_commit", "versions", "processes", "device", "precision")
 
 
-def earlier(path: str, read, run: dict, keys=()) -> dict | None:
+def read_earlier(path: str, read, run: dict, keys=()) -> dict | None:
     """What an earlier call of the run left at `path`, if anything. ValueError if it is not of this run."""
     if not os.path.isfile(path):
         return None
     try:
         record = read(path)
         there, here = ({f"its {k}": r[k] for k in keys} | r["data"] | r["config"] for r in (record, run))
+        odd = [k for k in there | here if k not in PATHS and there.get(k) != here.get(k)]
     except Exception as error:
         kind = type(error).__name__
         raise ValueError(f"{path}: expected what a call of this run wrote, or no file ({kind})") from error
-    if odd := [k for k in there | here if k not in PATHS and there.get(k) != here.get(k)]:
+    if odd:
         found = ", ".join(f"{k} {there.get(k)}, not {here.get(k)}" for k in odd)
         raise ValueError(f"{path}: expected no file, or one of this run; found {found}")
     return record
@@ -739,7 +737,7 @@ def earlier(path: str, read, run: dict, keys=()) -> dict | None:
 
 def finished(config: Config, run: dict) -> dict | None:
     """The record at `config.out`, if it and the checkpoint are there. ValueError if it is of another run."""
-    record = earlier(config.out, lambda path: json.loads(Path(path).read_text()), run)
+    record = read_earlier(config.out, lambda path: json.loads(Path(path).read_text()), run)
     if not record or (config.checkpoint and not os.path.exists(config.checkpoint)):
         return None
     tidy(config)
@@ -771,8 +769,7 @@ def provenance(command: list[str], device: torch.device, data: Dataset) -> dict:
     commit = subprocess.run(call, shell=True, capture_output=True, text=True).stdout.strip()
     processor = torch.cpu.get_capabilities().get("cpu_name") or platform.machine()
     content = hashlib.sha256(b"".join(tensor.contiguous().numpy().tobytes() for tensor in data[:4]))
-    processes = ranks()[1]
-    python = ["python"] if processes == 1 else ["torchrun", f"--nproc-per-node={processes}"]
+    python = ["python"] if (n := ranks()[1]) == 1 else ["torchrun", f"--nproc-per-node={n}"]
     return dict(
         command=shlex.join([*python, *command]),
         git_commit=commit or None,
@@ -781,7 +778,7 @@ def provenance(command: list[str], device: torch.device, data: Dataset) -> dict:
         python=platform.python_version(),
         device=processor if device.type == "cpu" else torch.cuda.get_device_name(device),
         threads=torch.get_num_threads(),
-        processes=processes,
+        processes=n,
     )
 
 
@@ -819,7 +816,7 @@ def guarded(program: str, call) -> int:
 def main(argv=None, options=Config, method=lambda config: lure_) -> int:
     """The command line. Returns 0; 2: a wrong call; 1: wrong data, or a loss not finite; 130: interrupted."""
     if dist.is_torchelastic_launched():
-        dist.init_process_group()
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     for f in fields(options):
         choices = f" ({', '.join(f.metadata['choices'])})" if f.metadata["choices"] else ""
@@ -827,10 +824,9 @@ def main(argv=None, options=Config, method=lambda config: lure_) -> int:
         kind = dict(nargs="*", metavar="KEY=VALUE") if f.default == () else kind
         text = f"{f.metadata['help']}{choices}; default: {f.default}"
         parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=text, **kind)
-    given = by_first(lambda: vars(parser.parse_args(argv)))
 
     def call():
-        config = by_first(lambda: options(**given))
+        config = by_first(lambda: options(**vars(parser.parse_args(argv))))
         record = run(config, method(config))
         if ranks()[0] == 0:
             print(json.dumps(record["totals"]))

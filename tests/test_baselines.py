@@ -377,7 +377,7 @@ def test_random_keeps_every_weight_equally_often():
 @pytest.mark.parametrize("method", [*CRITERIA, baselines.dash_, lure.lure_])
 def test_what_is_computed_from_data_is_averaged_over_processes(method, monkeypatch):
     averaged = []
-    monkeypatch.setattr(lure, "averaged", lambda tensors: averaged.append([*tensors]))
+    monkeypatch.setattr(lure, "average_", lambda tensors: averaged.append([*tensors]))
     apply(method, net(1), batch(1), [batch(1)])
     assert [[*t.shape] for t in averaged[0] if t.ndim > 1] == [[3, 2, 3, 3], [4, 3, 2, 2], [5, 16], [3, 5]]
 

@@ -51,6 +51,7 @@ def test_all_ranks_hold_the_same_bits_after_every_mega_batch(name, two):
             {k.removeprefix("module."): v for k, v in theirs.items()},
         )
     assert first["losses"] == second["losses"]
+    assert first["broadcast"] is False  # which would replace the statistics of the second by the first's
 
 
 @pytest.mark.parametrize("name", NAMES)
