@@ -799,7 +799,11 @@ def by_first(call):
 # ------------------------------------------------------------ Command line
 class Parser(argparse.ArgumentParser):
     def error(self, message):  # one line, without the usage
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, f"{self.prog}: {printable(message)}\n")
+
+
+def printable(text) -> str:
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
 
 
 def guarded(program: str, call) -> int:
@@ -807,8 +811,7 @@ def guarded(program: str, call) -> int:
     try:
         call()
     except (ValueError, DataError, OSError, FloatingPointError, KeyboardInterrupt) as error:
-        message = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))
-        print(f"{program}: {message or 'interrupted'}", file=sys.stderr)
+        print(f"{program}: {printable(error) or 'interrupted'}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 130 if isinstance(error, KeyboardInterrupt) else 1
     return 0
 

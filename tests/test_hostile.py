@@ -292,6 +292,7 @@ def strict(text):
 @example([], [["--checkpoint=out/x.json"]])
 @example([], [["--checkpoint=out/x.json.state"]])
 @example([], [["--seed=--"]])
+@example([], [["--keep-momentum", "x\x1b[2J"]])
 def test_any_command_line_works_or_is_refused_in_one_line(good, bad):
     argv = [*TINY, *(word for words in good + bad for word in words)]
     apart = [part for word in argv for part in (word.split("=", 1) if word[:2] == "--" else [word])]

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import examples
-from hypothesis import example, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from torch import nn
 from torchmetrics.functional.classification import multiclass_calibration_error
@@ -525,8 +525,10 @@ edges = st.sampled_from(
 def test_calibration_error_has_bins_closed_on_the_right(samples, bins):
     rows, sums = [], {}
     for confidence, correct in samples:
+        exact, place = Fraction(confidence) * bins, confidence * bins
+        assume(exact.denominator == 1 or abs(place - round(place)) > 1e-12)  # on an edge, or not near one
         rows.append([confidence] + [(1 - confidence) / 9] * 9)
-        bin = math.ceil(Fraction(confidence) * bins) - 1  # (bin / bins, (bin + 1) / bins]
+        bin = math.ceil(exact) - 1  # (bin / bins, (bin + 1) / bins]
         sums[bin] = sums.get(bin, 0) + confidence - correct
     labels = torch.tensor([0 if correct else 1 for _, correct in samples])
     ece = lure.expected_calibration_error(torch.tensor(rows, dtype=torch.float64), labels, bins)
@@ -826,9 +828,10 @@ def test_the_mean_over_the_processes_is_what_one_computes(world, n, batch_size, 
             [i for share in batch for i in share] for batch in zip(*(part[0] for part in parts), strict=True)
         ]
         assert together == samples
-        torch.testing.assert_close(sum(part[1] for part in parts) / world, result)
+        torch.testing.assert_close(sum(part[1] for part in parts) / world, result, rtol=1e-5, atol=1e-6)
         for i, gradient in enumerate(gradients):
-            torch.testing.assert_close(sum(part[2][i] for part in parts) / world, gradient)
+            together = sum(part[2][i] for part in parts) / world
+            torch.testing.assert_close(together, gradient, rtol=1e-4, atol=1e-6)
 
 
 def test_running_statistics_and_sums_are_averaged_after_the_epoch(monkeypatch):

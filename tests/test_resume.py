@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,10 @@ SLOW = [*TINY, "--limit", "256", "--mega-batches", "16", "--keep-momentum"]
 
 def start(folder):
     words = [sys.executable, ROOT / "lure.py", *SLOW, *FILES]
-    return subprocess.Popen(words, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    options = dict(cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # What a shell starts in the background ignores SIGINT, and so would its children.
+    options["preexec_fn"] = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(words, **options)
 
 
 @pytest.fixture(scope="module")
