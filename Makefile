@@ -32,7 +32,7 @@ demo: $(READY)  ## all methods on scikit-learn's digits: a table and a figure, i
 test: $(READY)  ## the test-suite
 	$(PYTHON) -m pytest -q $(ARGS) tests
 
-test-long: $(READY)  ## the same with 2000 examples for each property, and more than 20 kills; over an hour
+test-long: $(READY)  ## the same with 2000 examples for each property, and more than 20 kills; half an hour
 	$(PYTHON) -m pytest -q --hypothesis-profile=long $(ARGS) tests
 
 test-oldest: .venv-oldest/installed  ## the same with the oldest torch and torchvision of requirements.txt
