@@ -830,6 +830,7 @@ def main(argv=None, options=Config, method=lambda config: lure_) -> int:
 
     def call():
         config = by_first(lambda: options(**vars(parser.parse_args(argv))))
+        by_first(lambda: method(config) and None)  # so that what is wrong is told once
         record = run(config, method(config))
         if ranks()[0] == 0:
             print(json.dumps(record["totals"]))

@@ -83,6 +83,8 @@ def test_shrink_and_perturb_mixes_every_parameter_with_a_fresh_one(seed, shrink,
 def test_a_fresh_network_of_another_kind_is_refused():
     with pytest.raises(ValueError):
         apply(baselines.shrink_and_perturb_, net(1), fresh=lambda: net(2)[:4])
+    with pytest.raises(ValueError):
+        apply(baselines.reset_classifier_, net(1), fresh=lambda: net(2)[:4])
 
 
 def test_shrink_and_perturb_has_the_constants_of_the_paper():

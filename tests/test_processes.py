@@ -112,10 +112,17 @@ def test_a_rank_that_dies_ends_the_run_which_then_goes_on(two, tmp_path):
     assert weights == {k.removeprefix("module."): v.numpy().tobytes() for k, v in last.items()}
 
 
-def test_a_wrong_call_is_told_once(tmp_path):
-    process = torchrun(*CALL, "--epochs", "0", cwd=tmp_path)
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["--epochs=0"], "--epochs: expected epochs per mega-batch, at least 1; got 0"),
+        (["--method=sp", "--set=alpha=1"], "--set alpha=1: the settings of sp are: shrink, noise"),
+        (["--mega-batches=121"], "120 samples do not allow 121 mega-batches to train on"),
+    ],
+)
+def test_a_wrong_call_is_told_once(wrong, message, tmp_path):
+    process = torchrun(ROOT / "baselines.py", *CALL[1:], *wrong, cwd=tmp_path)
     out, told = process.communicate(timeout=120)
     assert process.returncode != 0 and out == "" and not os.listdir(tmp_path)
-    assert [line for line in told.splitlines() if line.startswith("lure.py: ")] == [
-        "lure.py: --epochs: expected epochs per mega-batch, at least 1; got 0"
-    ]
+    lines = [line for line in told.splitlines() if line.startswith("baselines.py: ")]
+    assert lines == [f"baselines.py: {message}"]
