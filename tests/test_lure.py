@@ -782,6 +782,17 @@ def test_an_epoch_returns_running_mean_loss_and_accuracy(n, batch_size, seed):
     assert loss.dtype == accuracy.dtype == torch.float64
 
 
+@pytest.mark.parametrize("dataset", lure.DATASETS)
+def test_training_pads_by_four_and_flips_but_for_digits(dataset, monkeypatch):
+    seen = []
+    monkeypatch.setattr(lure, "augmented", lambda *args: seen.append(args[2:4]) or torch.zeros(4, 1, 8, 8))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+    pixels, labels = torch.zeros(4, 8, 8, 1, dtype=torch.uint8), torch.arange(4) % 3
+    optimizer, config = torch.optim.SGD(model.parameters(), 0.1), lure.Config(dataset, precision="float32")
+    lure.train_epoch_(model, optimizer, pixels, labels, torch.arange(4), config, seeded(0))
+    assert seen == [(1, False) if dataset == "digits" else (4, True)]
+
+
 # ------------------------------------------------------------ Several processes, as each of them sees it
 # test_processes.py starts real ones.
 
