@@ -614,7 +614,7 @@ def anytime(figure, rows, published, others):
 
 def corruption_bars(figure, rows, published, others):
     figure.set_size_inches(13, 4.5)
-    axes, width = figure.subplots(), 0.8 / len(rows)
+    axes, width, label = figure.subplots(), 0.8 / len(rows), "printed in the paper"
     for i, row in enumerate(rows):
         samples = [[statistics.fmean(s) for s in row.values("corruptions", name)] for name in CORRUPTIONS]
         samples.append(row.values("corruptions", "mean"))
@@ -625,7 +625,8 @@ def corruption_bars(figure, rows, published, others):
             x, means, width, yerr=errors, label=row.label, error_kw={"lw": 0.6}, ec="white", lw=0.3, **look
         )
         if printed := [p["mca"] for p in published if is_of(row, p)]:
-            axes.plot(x[-1], printed[0], "k*", label="printed in the paper" if i == 0 else None)
+            axes.plot(x[-1], printed[0], "k*", label=label)
+            label = ""  # once is enough
     axes.set_xticks(range(20), [*CORRUPTIONS, "mean (mCA)"], rotation=40, ha="right", fontsize=8)
     axes.set(ylabel="accuracy, %", ymargin=0.25)  # room for the legend
     axes.legend(fontsize=8, ncols=5)

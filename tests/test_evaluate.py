@@ -8,6 +8,7 @@ import torch
 import torchattacks
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 
@@ -410,6 +411,15 @@ def test_figures_of_what_metrics_measured(folder, tmp_path, capsys):
     drop = [a - b for a, b in zip(clean, noisy, strict=True)]
     assert cells[head.index("Without noise, %")] == evaluate.spread(clean)
     assert cells[head.index("Drop at σ = 0.01, points")] == evaluate.spread(drop)
+    published = [{"dataset": "cifar10", "method": "lure", "label_noise": 0.2, "test_acc": 86.79}]
+    shown, others = evaluate.load_rows(files), evaluate.load_rows(more)
+    for draw, printed in (
+        (evaluate.corruption_bars, [published[0] | {"label_noise": 0, "mca": 74}] * 2),
+        (evaluate.attack_and_noise, published),
+    ):
+        draw(figure := Figure(), shown, printed, others)
+        legends = [text.get_text() for axes in figure.axes for text in axes.get_legend().get_texts()]
+        assert any("printed in the paper" in text for text in legends), legends
 
 
 def test_the_measurements_of_another_run_are_refused(folder, tmp_path):

@@ -1028,6 +1028,19 @@ def test_pi_is_a_share_of_what_it_is_drawn_from(pi, replay):
         assert pairs(images, targets) <= pairs(data.images[source], labels[source])
 
 
+def test_without_validation_there_is_no_gap():
+    record = lure.run(tiny(val_fraction=0))
+    nothing = dict(accuracy=None, errors=0, loss=None, ece=None)
+    assert [row["val"] for row in record["mega_batches"]] == [nothing] * 2
+    assert record["totals"]["generalization_gap"] is None
+
+
+def test_a_process_with_other_data_than_the_first_is_refused(monkeypatch):
+    monkeypatch.setattr(lure, "by_first", lambda call: {"sha256": "other"})
+    with pytest.raises(lure.DataError, match="the data of the first process"):
+        lure.run(tiny())
+
+
 def test_pi_is_never_empty():
     samples = []
     lure.run(tiny(pi_fraction=1e-6), lambda model, pi, *rest: samples.append(pi))
