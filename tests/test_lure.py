@@ -782,6 +782,66 @@ def test_an_epoch_returns_running_mean_loss_and_accuracy(n, batch_size, seed):
     assert loss.dtype == accuracy.dtype == torch.float64
 
 
+@given(st.integers(1, 200), seeds)
+def test_evaluation_is_of_all_samples_128_at_a_time(n, seed):
+    pixels = torch.randint(256, (n, 8, 8, 1), dtype=torch.uint8, generator=seeded(seed))
+    labels = torch.randint(3, (n,), generator=seeded(seed))
+    model, sizes = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, 3)), []
+    model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    found = lure.evaluate(model.train(), pixels, labels)
+    assert sizes == [128] * (n // 128) + [n % 128] * (n % 128 > 0)
+    logits = model.eval()(pixels.view(n, 1, 8, 8) / 255).detach()
+    right = int((logits.argmax(1) == labels).sum())
+    assert found == dict(
+        accuracy=pytest.approx(100 * right / n),
+        errors=n - right,
+        loss=pytest.approx(float(nn.functional.cross_entropy(logits, labels)), rel=1e-5),
+        ece=pytest.approx(lure.expected_calibration_error(logits.softmax(1), labels), abs=1e-6),
+    )
+
+
+def test_evaluation_of_no_samples_is_of_nothing():
+    nothing = lure.evaluate(nn.Flatten(), torch.zeros(0, 8, 8, 1, dtype=torch.uint8), torch.zeros(0))
+    assert nothing == dict(accuracy=None, errors=0, loss=None, ece=None)
+
+
+def test_totals_are_the_sums_over_the_mega_batches_and_the_last_of_them():
+    def row(train, val, test, errors, ece, passes, seconds):
+        test = dict(accuracy=test, errors=errors, ece=ece)
+        splits = dict(train=dict(accuracy=train), val=dict(accuracy=val), test=test)
+        return splits | dict(image_passes=passes, seconds=seconds)
+
+    rows = [row(50.0, 40.0, 30.0, 7, 0.5, 100, 1.5), row(90.0, 70.0, 60.0, 4, 0.25, 200, 2.5)]
+    expected = dict(test_accuracy=60.0, cer=11, generalization_gap=20.0, ece=0.25)
+    assert lure.totals(rows) == expected | dict(image_passes=300, seconds=4.0)
+    rows[1]["val"]["accuracy"] = None
+    assert lure.totals(rows)["generalization_gap"] is None
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "chosen"), [([10, 90, 50], 1), ([50, 50, 10], 0), ([0, 0, 0], 0), ([0, 0, 0.5], 2)]
+)
+def test_learning_ends_with_the_first_of_the_best_epochs_and_tells_its_speed(accuracies, chosen, monkeypatch):
+    model, ends, seen = nn.Linear(2, 2), [], iter(accuracies)
+
+    def train_epoch(model, *args):
+        nn.init.constant_(model.weight, len(ends))
+        ends.append(state(model))
+        return torch.tensor(1.0), torch.tensor(0.75)
+
+    monkeypatch.setattr(lure, "train_epoch_", train_epoch)
+    monkeypatch.setattr(lure, "evaluate", lambda *args: dict(accuracy=next(seen)))
+    bar = SimpleNamespace(desc="", done=0)
+    bar.update = lambda n: setattr(bar, "done", bar.done + n)
+    config = lure.Config("digits", select="best-val", epochs=3)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    row = lure.learn_(model, optimizer, *[torch.zeros(9, dtype=torch.int64)] * 4, config, None, bar)
+    assert same(state(model), ends[chosen]) and bar.done == row["image_passes"] == 27
+    assert row.keys() == {"running_train_accuracy", "image_passes", "seconds", "images_per_second"}
+    assert row["running_train_accuracy"] == 75 and 0 < row["seconds"] < 60
+    assert row["images_per_second"] == pytest.approx(27 / row["seconds"])
+
+
 @pytest.mark.parametrize("dataset", lure.DATASETS)
 def test_training_pads_by_four_and_flips_but_for_digits(dataset, monkeypatch):
     seen = []
