@@ -128,8 +128,16 @@ def test_the_stream_is_a_function_of_the_seed(seed, other):
     ],
 )
 def test_a_stream_that_cannot_be_is_refused_at_the_call(arguments):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"cannot be|samples do not allow"):
         lure.mega_batches(**(dict(num_samples=10, num_mega_batches=2) | arguments))
+
+
+def test_the_stream_is_by_default_the_papers():
+    stream = list(lure.mega_batches(3000, 3, generator=seeded(1)))
+    assert [(len(b.val), len(b.new), len(b.train)) for b in stream] == [
+        (100, 900, 900 * i) for i in (1, 2, 3)
+    ]
+    assert [len(b.train) for b in lure.mega_batches(3000, 3, "buffer")] == [900, 1087, 1087]
 
 
 # ------------------------------------------------------------ Connection sensitivity
