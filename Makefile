@@ -55,7 +55,7 @@ CORE := $(addprefix lure.x_,mega_batches connection_sensitivity top_k_mask reini
 CORE += $(addprefix baselines.x_,warm_start scratch_ shrink_and_perturb_ dash_ fire_ later_layer_forgetting_ reset_classifier_ \
     redraw_layers_ fisher_ magnitude_ random_ connections keep_top_ loss_gradient)
 CORE += $(addprefix evaluate.x_,reliability_bins pgd_attack predict accuracy corruption_accuracy load_array weight_noise_accuracy)
-mutants: $(READY)  ## mutation testing: of these functions, the changes that no test notices
+mutants: $(READY)  ## mutation testing: of these functions, the changes that no test notices; up to an hour
 	OMP_NUM_THREADS=1 $(PYTHON) -m mutmut run $(addsuffix __mutmut_*,$(CORE))
 	$(PYTHON) -m mutmut results --all true | awk '/: not checked$$/ { next } { n++ } / (killed|timeout)$$/ { k++; next } { print } \
 	    END { printf "%d of %d mutants killed, %.1f %%\n", k, n, 100 * k / (n + !n); exit !n || k < 0.9 * n }'
