@@ -544,6 +544,12 @@ def test_calibration_error_has_bins_closed_on_the_right(samples, bins):
     assert type(ece) is float
 
 
+def test_calibration_error_has_15_bins_by_default():
+    probabilities, labels = torch.rand(50, 3, generator=seeded(1)).softmax(1), torch.zeros(50).long()
+    found = [lure.expected_calibration_error(probabilities, labels, *bins) for bins in ((), (15,), (16,))]
+    assert found[0] == found[1] != found[2]
+
+
 # ------------------------------------------------------------ Data
 
 
