@@ -21,6 +21,6 @@ def in_long() -> bool:
     return settings().max_examples == 2000
 
 
-def examples(count: int) -> settings:
-    """So many examples, or all of them in the long profile."""
-    return settings(max_examples=2000 if in_long() else count)
+def examples(count: int, **more) -> settings:
+    """So many examples, or all of them in the long profile; and more settings."""
+    return settings(max_examples=2000 if in_long() else count, **more)

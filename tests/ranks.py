@@ -36,7 +36,8 @@ def watched(config, method=lure.lure_):
     def learn_spy(model, *rest):
         found["broadcast"] = getattr(model, "broadcast_buffers", None)
         row = learn(model, *rest)
-        found["ends"].append({name: t.clone() for name, t in model.state_dict().items()})
+        weights = getattr(model, "module", model).state_dict()  # it is wrapped where there are several
+        found["ends"].append({name: t.clone() for name, t in weights.items()})
         return row
 
     def epoch_spy(*args):

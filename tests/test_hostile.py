@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import in_long
-from hypothesis import Phase, example, given, settings
+from conftest import examples
+from hypothesis import Phase, example, given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -278,7 +278,7 @@ def strict(text):
     return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
 
 
-@settings(max_examples=2000 if in_long() else 60, phases=[Phase.explicit, Phase.generate])
+@examples(60, phases=[Phase.explicit, Phase.generate])
 @given(st.lists(options(small), max_size=4), st.lists(options(bad), max_size=1))
 @example([["--method=sp"]], [["--set=noise=1e39"]])
 @example([["--method=dash"]], [["--set=floor=1e300"]])

@@ -46,10 +46,7 @@ def test_all_ranks_hold_the_same_bits_after_every_mega_batch(name, two):
     first, second = (rank[name] for rank in two)
     assert len(first["ends"]) == 5 and len(first["masks"]) == 2  # three times learned, twice unlearned
     for mine, theirs in zip(first["ends"] + first["masks"], second["ends"] + second["masks"], strict=True):
-        assert same(
-            {k.removeprefix("module."): v for k, v in mine.items()},
-            {k.removeprefix("module."): v for k, v in theirs.items()},
-        )
+        assert same(mine, theirs)
     assert first["losses"] == second["losses"]
     assert first["broadcast"] is False  # which would replace the statistics of the second by the first's
 
@@ -109,7 +106,7 @@ def test_a_rank_that_dies_ends_the_run_which_then_goes_on(two, tmp_path):
     assert told.count("mega-batch 3 of 3") == 1 and "mega-batch 1 of 3" not in told
     assert record["processes"] == 2 and record["command"].startswith("torchrun --nproc-per-node=2 lure.py ")
     last = two[0]["with_batch_norm"]["ends"][-1]
-    assert weights == {k.removeprefix("module."): v.numpy().tobytes() for k, v in last.items()}
+    assert weights == {name: tensor.numpy().tobytes() for name, tensor in last.items()}
 
 
 @pytest.mark.parametrize(
