@@ -72,8 +72,9 @@ precision: $(READY)  ## ResNet18 in bfloat16 and in float32; DATA=<folder with t
 	$(MAKE) runs TABLES=precision SCALE=precision
 
 # ------------------------------------------------------------ Tables and figures
-# At the paper's protocol, on CIFAR-10 unless it says otherwise; with SCALE=small DATA=<folder with train/<class>/ and
-# test/<class>/ of images> at that of two CPU cores.
+# At the paper's protocol, on CIFAR-10 unless it says otherwise. With DATA=<folder with train/<class>/ and test/<class>/
+# of images>, SCALE=small is what two CPU cores do in hours, SCALE=narrow the paper's protocol but for a ResNet18 of width
+# 16, an hour or two for each run.
 reproduce-table1:  ## full replay; CIFAR-10, CIFAR-100 and, with IMAGENET=<folder>, restricted ImageNet
 reproduce-table2:  ## buffered replay, on the same
 reproduce-table3:  ## no replay, on the same
@@ -90,15 +91,19 @@ reproduce-figure5:  ## noise on the weights
 reproduce-figure6:  ## learning rate and weight decay
 where-from:  ## where the gain comes from: the method, the schedule or the choice of the epoch
 cost:  ## accuracy and cumulative error against image passes
+forgetting:  ## accuracy before and right after forgetting, and after relearning; which layers are redrawn
 reproduce: $(READY)  ## all of these
-	$(MAKE) runs TABLES="$(ALL)"
+	$(MAKE) runs TABLES="$(HERE)"
 
 # The rows of a table are names, METHOD+OPTION=VALUE+…, the options as those of baselines.py, on top of base.SCALE. A run
 # is a file, $(OUT)/<data set>/<row>-<seed>.json; where two tables have the same row, they share it.
 SCALE := paper
-$(if $(filter-out paper small precision demo,$(SCALE)),$(error SCALE: expected paper or small, not $(SCALE)))
+$(if $(filter-out paper small narrow precision demo,$(SCALE)),$(error SCALE: expected paper, small or narrow, not $(SCALE)))
 OUT = results/$(SCALE)
-ALL := $(addprefix table,1 2 3 4 5 6 7 8 9) $(addprefix figure,2 3 4 5 6) where-from cost
+ALL := $(addprefix table,1 2 3 4 5 6 7 8 9) $(addprefix figure,2 3 4 5 6) where-from cost forgetting
+at.narrow := $(addprefix table,3 1 2) where-from forgetting $(addprefix figure,2 3 4 5)
+at.demo := demo forgetting
+HERE := $(or $(at.$(SCALE)),$(ALL))
 methods := $(shell sed -n '/^METHODS/,/^}/s/^    "\([a-z-]*\)".*/\1/p' baselines.py)
 methods := $(filter-out fisher magnitude random,$(methods))
 paper := warm-start llf sp lure
@@ -110,13 +115,13 @@ with = $(patsubst %+,%,$(foreach o,$2,$(addsuffix $o,$(or $(METHODS),$1))))
 # are for validation and 256 are four full batches; 275 less 28, and 8 from the buffer, are four but for one.
 base.demo := --image-size 16 --arch small --mega-batches 4 --epochs 10
 base.precision := --precision bfloat16 --mega-batches 4 --limit 1136 --limit-test 1000 --epochs 10
-base.small := --arch small --limit 2272 --limit-test 2000 --epochs 10
+base.small := --arch small --precision bfloat16 --limit 2272 --limit-test 2000 --epochs 10
+base.narrow := --arch small --precision float32
 besides.paper := warm-start+gamma=1
 besides.small := warm-start+gamma=1 warm-start+precision=float32
 four.paper := +mega-batches=4
 four.small := +mega-batches=4+limit=1136
 four = $(four.$(SCALE))
-buffer.paper := +replay=buffer
 buffer.small := +replay=buffer+buffer-size=8+limit=2200
 long.paper := $(addprefix +mega-batches=,25 50 100)
 long.small := $(addprefix +limit=1420+mega-batches=,10 20)
@@ -133,22 +138,33 @@ recipes := + +select=best-val +gamma=1 +gamma=1+select=best-val
 epochs.paper := +epochs=5 +epochs=10 +epochs=20 +
 epochs.small := +epochs=5 + +epochs=20
 
+# Where a run takes an hour, those that decide come first.
+decisive := warm-start warm-start+gamma=1 lure
+six := $(decisive) llf sp scratch
+table1.narrow := warm-start lure warm-start+gamma=1 scratch
+table2.narrow := $(six)
+table3.narrow := $(six) lure+gamma=1 random rifle dash fire
+of = $(call with,$(or $($1.$(SCALE)),$(methods)),$2)
+
 demo = $(call with,$(methods),+)
-table1 = $(call with,$(methods),+) $(if $(METHODS),,$(besides.$(SCALE)))
-table2 = $(call with,$(methods),$(buffer.$(SCALE)))
-table3 = $(call with,$(methods),+replay=none)
+table1 = $(call of,table1,+) $(if $(METHODS),,$(besides.$(SCALE)))
+table2 = $(call of,table2,$(or $(buffer.$(SCALE)),+replay=buffer))
+table3 = $(call of,table3,+replay=none)
 table4 = $(call with,$(paper),$(long.$(SCALE)))
 table5 = $(call with,$(paper),$(shots.$(SCALE)))
 table6 = $(call with,$(compared),$(archs.$(SCALE)))
 table7 = $(filter $(or $(addsuffix %,$(METHODS)),%),warm-start $(shares))
 table8 = $(call with,warm-start fisher magnitude lure random,$(four))
 table9 = $(call with,$(paper),$(addprefix $(four),+ +label-noise=0.2 +label-noise=0.4))
-figure2 = $(call with,$(methods),+)
-figure3 = $(figure2) $(table9)
-figure4 = $(figure2)
-figure5 = $(figure2)
+metrics = $(if $(filter narrow,$(SCALE)),$(table3),$(call with,$(methods),+))
+figure2 = $(metrics)
+figure3 = $(metrics) $(if $(filter narrow,$(SCALE)),,$(table9))
+figure4 = $(metrics)
+figure5 = $(metrics)
 figure6 = $(call with,$(compared),$(addprefix $(four),$(rates.$(SCALE))))
-where-from = $(call with,warm-start lure random scratch,$(addprefix $(four),$(recipes)))
+where-from.narrow = $(call with,warm-start warm-start+gamma=1 lure lure+gamma=1,+replay=none)
+where-from = $(or $(where-from.$(SCALE)),$(call with,warm-start lure random scratch,$(addprefix $(four),$(recipes))))
+forgetting = $(metrics) $(if $(METHODS)$(filter narrow,$(SCALE)),,fisher magnitude random)
 cost = $(call with,warm-start lure sp scratch,$(addprefix $(four),$(epochs.$(SCALE))))
 precision = warm-start warm-start+precision=float32
 
@@ -174,6 +190,7 @@ place = $(if $(filter restricted-imagenet,$(call known,$1)),$(imagenet),$(if $(c
 TARGETS := $(patsubst figure%,reproduce-figure%,$(patsubst table%,reproduce-table%,$(ALL)))
 .PHONY: $(TARGETS)
 $(TARGETS): $(READY)
+	$(if $(filter $(@:reproduce-%=%),$(HERE)),,@echo "$@: SCALE=$(SCALE) does not have it, only $(HERE)" >&2; exit 2)
 	$(MAKE) runs TABLES=$(@:reproduce-%=%)
 
 files = $(foreach s,$(call seeds,$1),$(foreach d,$(call datasets,$1),$(foreach r,$($1),$(OUT)/$d/$r-$s.json)))

@@ -3,7 +3,7 @@
     python baselines.py --method sp --dataset digits --arch small --mega-batches 4 --epochs 10
     python baselines.py --method dash --set alpha=0.3 floor=0.1 --dataset cifar10 --out dash-1.json
 
-Every method has the signature that `lure.run` documents: `method_(model, pi, seen, fresh, generator, **own)`
+Every method has the signature that `lure.run` documents: `method_(model, pi, upcoming, fresh, generator, **own)`
 changes the model in place between two mega-batches and returns its mask (True: kept) or None.
 """
 
@@ -21,17 +21,17 @@ import lure
 
 
 # ------------------------------------------------------------ Everything or nothing
-def warm_start(model, pi, seen, fresh, generator) -> None:
+def warm_start(model, pi, upcoming, fresh, generator) -> None:
     """Train on from where the last mega-batch ended: the paper's baseline BL (section 4)."""
 
 
-def scratch_(model, pi, seen, fresh, generator) -> None:
+def scratch_(model, pi, upcoming, fresh, generator) -> None:
     """A new network, parameters and running statistics, for every mega-batch."""
     model.load_state_dict(fresh().state_dict())
 
 
 # ------------------------------------------------------------ Every weight a little
-def shrink_and_perturb_(model, pi, seen, fresh, generator, shrink=0.4, noise=0.001) -> None:
+def shrink_and_perturb_(model, pi, upcoming, fresh, generator, shrink=0.4, noise=0.001) -> None:
     """θ ← shrink · θ + noise · θ_fresh for every parameter (Ash & Adams 2020, arXiv 1910.08475).
 
     θ_fresh is a newly initialised network. Defaults: LURE's (Appendix A.2); the method's own are 0.4, 0.1.
@@ -41,10 +41,11 @@ def shrink_and_perturb_(model, pi, seen, fresh, generator, shrink=0.4, noise=0.0
             p.mul_(shrink).add_(new, alpha=noise)
 
 
-def dash_(model, pi, seen, fresh, generator, alpha=0.3, floor=0.3) -> None:
+def dash_(model, pi, upcoming, fresh, generator, alpha=0.3, floor=0.3) -> None:
     """Shrink what does not point down the loss (DASH, Shin et al. 2024, arXiv 2410.23495).
 
-    G ← (1 − alpha) · G + alpha · (−∇L), from 0, over the mega-batches that `seen` yields, each as one batch.
+    G ← (1 − alpha) · G + alpha · (−∇L), from 0, over the mega-batches that `upcoming` yields, each as one
+    batch: of those to train on next, the newest comes last and weighs most, as in the authors' code.
     Then each group w of a weight is scaled by clamp(cos(G_w, w), floor, 1): the kernel between an input and
     an output channel of a convolution, a row of a linear layer, the bias of either. Evaluation mode. The
     defaults are the method's.
@@ -52,7 +53,7 @@ def dash_(model, pi, seen, fresh, generator, alpha=0.3, floor=0.3) -> None:
     layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     parameters = [p for m in layers for p in (m.weight, m.bias) if p is not None and p.requires_grad]
     momentum = [torch.zeros_like(p) for p in parameters]
-    for images, labels in seen():
+    for images, labels in upcoming():
         for g, gradient in zip(momentum, loss_gradient(model, parameters, images, labels), strict=True):
             g.mul_(1 - alpha).sub_(gradient, alpha=alpha)
     lure.average_(momentum)
@@ -65,7 +66,7 @@ def dash_(model, pi, seen, fresh, generator, alpha=0.3, floor=0.3) -> None:
             p.mul_(cosine.clamp(floor, 1).view(*groups, *[1] * (p.ndim - len(groups))))
 
 
-def fire_(model, pi, seen, fresh, generator, steps=10) -> None:
+def fire_(model, pi, upcoming, fresh, generator, steps=10) -> None:
     """Move every weight matrix towards a semi-orthogonal one (FIRE, Han et al. 2026, arXiv 2602.08040).
 
     X ← 1.5 · X − 0.5 · X Xᵀ X, `steps` times from X = W / ‖W‖_F (Newton–Schulz), for each linear weight W,
@@ -85,7 +86,7 @@ def fire_(model, pi, seen, fresh, generator, steps=10) -> None:
 
 
 # ------------------------------------------------------------ Some layers wholly
-def later_layer_forgetting_(model, pi, seen, fresh, generator) -> None:
+def later_layer_forgetting_(model, pi, upcoming, fresh, generator) -> None:
     """Redraw the later layers (LLF, Zhou et al. 2022, arXiv 2202.00155), as a fresh network's.
 
     Blocks 3 and 4 of a ResNet (Appendix A.2); of VGG the last two convolution stages and the classifier.
@@ -101,7 +102,7 @@ def later_layer_forgetting_(model, pi, seen, fresh, generator) -> None:
     redraw_layers_(model, fresh(), prefixes)
 
 
-def reset_classifier_(model, pi, seen, fresh, generator) -> None:
+def reset_classifier_(model, pi, upcoming, fresh, generator) -> None:
     """Redraw the classifier alone (RIFLE, Li et al. 2020), as a fresh network's: the last linear layer."""
     last = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)][-1]
     redraw_layers_(model, fresh(), (f"{last}.",))
@@ -115,31 +116,41 @@ def redraw_layers_(model, new, prefixes: tuple[str, ...]) -> None:
 
 
 # ------------------------------------------------------------ LURE with another criterion (Table 8)
-def fisher_(model, pi, seen, fresh, generator, keep=0.8, chunk=1) -> dict[str, Tensor]:
-    """LURE with the empirical Fisher information as its criterion (FIM in Table 8).
+def fisher_(model, pi, upcoming, fresh, generator, keep=0.8, chunk=1) -> dict[str, Tensor]:
+    """LURE with the empirical Fisher information as its criterion (FIM in Table 8)."""
+    return keep_top_(model, fisher_information(model, *pi, chunk), keep, generator)
 
-    The squared gradient by the weight of the mean loss of `chunk` samples, one by default, averaged over π.
-    Evaluation mode.
+
+def magnitude_(model, pi, upcoming, fresh, generator, keep=0.8) -> dict[str, Tensor]:
+    """LURE with the weight's magnitude |θ| as its criterion (Table 8)."""
+    return keep_top_(model, magnitudes(model), keep, generator)
+
+
+def random_(model, pi, upcoming, fresh, generator, keep=0.8) -> dict[str, Tensor]:
+    """LURE with no criterion: the weights to keep are drawn at random (Appendix A.1)."""
+    return keep_top_(model, random_scores(model, generator), keep, generator)
+
+
+def fisher_information(model, images, labels, chunk=1) -> dict[str, Tensor]:
+    """The squared gradient by the weight of the mean loss of `chunk` samples, averaged over all samples.
+
+    In evaluation mode; with the default of one sample, the diagonal of the empirical Fisher information.
     """
     weights = connections(model)
     scores = {name: torch.zeros_like(p) for name, p in weights.items()}
-    for images, labels in zip(pi[0].split(chunk), pi[1].split(chunk), strict=True):
-        for s, g in zip(scores.values(), loss_gradient(model, weights.values(), images, labels), strict=True):
-            s.add_(g.square(), alpha=len(labels) / len(pi[1]))
-    return keep_top_(model, scores, keep, generator)
+    for x, y in zip(images.split(chunk), labels.split(chunk), strict=True):
+        for s, g in zip(scores.values(), loss_gradient(model, weights.values(), x, y), strict=True):
+            s.add_(g.square(), alpha=len(y) / len(labels))
+    return scores
 
 
-def magnitude_(model, pi, seen, fresh, generator, keep=0.8) -> dict[str, Tensor]:
-    """LURE with the weight's magnitude |θ| as its criterion (Table 8)."""
-    scores = {name: p.detach().abs() for name, p in connections(model).items()}
-    return keep_top_(model, scores, keep, generator)
+def magnitudes(model) -> dict[str, Tensor]:
+    return {name: p.detach().abs() for name, p in connections(model).items()}
 
 
-def random_(model, pi, seen, fresh, generator, keep=0.8) -> dict[str, Tensor]:
-    """LURE with no criterion: the weights to keep are drawn at random (Appendix A.1)."""
+def random_scores(model, generator) -> dict[str, Tensor]:
     draw = lambda p: torch.rand(p.shape, generator=generator, device=generator.device).to(p.device)  # noqa: E731
-    scores = {name: draw(p) for name, p in connections(model).items()}
-    return keep_top_(model, scores, keep, generator)
+    return {name: draw(p) for name, p in connections(model).items()}
 
 
 def connections(model) -> dict[str, Tensor]:

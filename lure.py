@@ -82,7 +82,7 @@ class Config:
     pi_fraction: float = option(0.2, "size of pi as a share of it, in (0, 1]", low=1e-12, high=1)
     seed: int = option(1, "seed of stream, start, order and forgetting, in [0, 2^30)", high=2**30 - 1)
     device: str = option("auto", "cpu, cuda, cuda:1 ...; auto: the GPU if there is one")
-    precision: str = option("auto", "of training; auto: bfloat16 if the GPU or x86 CPU has it", PRECISIONS)
+    precision: str = option("auto", "of training; auto: bfloat16 where it is fast", PRECISIONS)
     out: str = option("", "file for the record (JSON)")
     checkpoint: str = option("", "file for the final weights")
 
@@ -395,6 +395,14 @@ def corrupt_labels(labels: Tensor, num_classes: int, probability: float, generat
     return torch.where(torch.rand(labels.shape, generator=generator) < probability, redrawn, labels)
 
 
+def draw_stream(config: Config, data: Dataset) -> tuple[Tensor, list[MegaBatch]]:
+    """The training labels, with their noise, and the stream of a run, both by its seed."""
+    generator, c = torch.Generator().manual_seed(4 * config.seed), config
+    labels = corrupt_labels(data.labels, len(data.classes), c.label_noise, generator)
+    sizes = c.mega_batches, c.replay, c.buffer_size, c.val_fraction
+    return labels, list(mega_batches(len(labels), *sizes, generator))
+
+
 def write(path: str | Path, save: Callable[[BinaryIO], object]) -> None:
     """Let `save` write a temporary file beside `path`, then rename it: `path` is whole or it is as before."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -495,8 +503,8 @@ def train_epoch_(model, optimizer, pixels, labels, train, config, generator) -> 
     low = pick_precision(config.precision, train.device) == "bfloat16"
     order = train[torch.randperm(len(train), device=train.device, generator=generator)]
     batches = list(order.split(config.batch_size))
-    if len(batches) > 1 and len(batches[-1]) < 2 * world:  # batch normalisation needs two
-        batches[-2:] = [torch.cat(batches[-2:])]
+    if len(batches) > 1 and len(batches[-1]) < max(config.batch_size / 2, 2 * world):
+        batches[-2:] = [torch.cat(batches[-2:])]  # a batch of a few would spoil the running statistics
     total_loss, correct = sums = torch.zeros(2, dtype=torch.float64, device=train.device)
     model.train()
     for index in batches:
@@ -549,7 +557,7 @@ def evaluate(model: nn.Module, pixels: Tensor, labels: Tensor) -> dict:
 
 
 # ------------------------------------------------------------ Algorithm 1: learn, unlearn, relearn
-def lure_(model, pi, seen, fresh, generator, keep=0.8) -> dict[str, Tensor]:
+def lure_(model, pi, upcoming, fresh, generator, keep=0.8) -> dict[str, Tensor]:
     """LURE as a method of `run`: `unlearn_` on π."""
     images, labels = pi
     return unlearn_(model, images, labels, keep, generator)
@@ -564,11 +572,13 @@ def run(config: Config, forget: Method = lure_) -> dict:
     After every mega-batch its state is saved beside `config.out`, from where the same call goes on. Under
     torch.distributed the processes train on a part of each batch, and the first alone reads and writes these.
 
-    `forget(model, pi, seen, fresh, generator)` changes the model in place between mega-batches and returns a
-    mask (True: kept) or None. `pi` is the sample π, (images, labels); `seen()` yields one such pair per
-    mega-batch of which the replay policy still holds samples; images are float in [0, 1], not augmented;
-    `fresh()` builds a newly initialised network; `keep`, where it is a parameter, is the configuration's. At
-    one seed, data, order and start are the same for every `forget`. ValueError for settings that cannot be,
+    `forget(model, pi, upcoming, fresh, generator)` changes the model in place between mega-batches and returns
+    a mask (True: kept) or None. `pi` is the sample π, (images, labels); `upcoming()` yields what comes to be
+    trained on as such pairs, one per mega-batch, the new one last (without replay: alone); images are float in
+    [0, 1], not augmented; `fresh()` builds a newly initialised network; `keep`, where it is a parameter, is
+    the configuration's. At one seed, data, order and start are the same for every `forget`. A row of the
+    record is a mega-batch: how it was learned, its metrics, and what was `forgotten` after it, the accuracy
+    and loss on the test set right after forgetting. ValueError for settings that cannot be,
     DataError for data, FloatingPointError for a loss that is not finite, OSError for a file that cannot be
     written.
     """
@@ -577,8 +587,8 @@ def run(config: Config, forget: Method = lure_) -> dict:
     c, device = config, pick_device(config.device)
     if "keep" in inspect.signature(forget).parameters:
         forget = partial(forget, keep=c.keep)  # what the record says
-    rngs = [torch.Generator(d) for d in ("cpu", "cpu", "cpu", device)]
-    stream_rng, start_rng, forget_rng, order_rng = (g.manual_seed(4 * c.seed + i) for i, g in enumerate(rngs))
+    rngs = [torch.Generator(d) for d in ("cpu", "cpu", device)]
+    start_rng, forget_rng, order_rng = (g.manual_seed(4 * c.seed + i) for i, g in enumerate(rngs, start=1))
     (rank, world), leads = ranks(), os.environ.get("LOCAL_RANK") in ("0", None)
     if world > 1 and not leads:
         dist.barrier()  # until the first process of this machine has filled the cache
@@ -593,10 +603,8 @@ def run(config: Config, forget: Method = lure_) -> dict:
     if done := by_first(lambda: finished(c, record)):
         return done
     pixels, test_pixels = (x.permute(0, 2, 3, 1).contiguous().to(device) for x in data[:4:2])
-    labels = corrupt_labels(data.labels, len(data.classes), c.label_noise, stream_rng).to(device)
-    test_labels = data.test_labels.to(device)
-    sizes = c.mega_batches, c.replay, c.buffer_size, c.val_fraction
-    stream = by_first(lambda: list(mega_batches(len(labels), *sizes, stream_rng)))
+    labels, stream = by_first(lambda: draw_stream(c, data))
+    labels, test_labels = labels.to(device), data.test_labels.to(device)
     stream = [MegaBatch(*(index.to(device) for index in batch)) for batch in stream]
     by_first(lambda: check_feasible(c, pixels, stream))
 
@@ -632,18 +640,22 @@ def run(config: Config, forget: Method = lure_) -> dict:
             row["test"] = evaluate(model, test_pixels, test_labels)
             if not all(math.isfinite(row[split]["loss"] or 0) for split in ("train", "val", "test")):
                 raise FloatingPointError(f"{bar.desc}after epoch {c.epochs}, the loss is not finite")
-            rows.append(row | {"redrawn": None})
+            rows.append(row | dict(redrawn=None, redrawn_by_tensor=None, forgotten=None))
             if rank == 0:
                 bar.write(f"{bar.desc}{row['test']['accuracy']:.2f} % of the test set", file=sys.stderr)
             if i + 1 < len(stream):
                 source = dict(learned=batch.new, seen=batch.train, next=stream[i + 1].new)[c.pi]  # unlearn
                 size = max(1, round(c.pi_fraction * len(source)))
                 pi = sample(source[torch.randperm(len(source), generator=forget_rng)[:size].to(device)])
-                held = [h for b in stream[: i + 1] if len(h := b.new[torch.isin(b.new, batch.train)])]
-                mask = forget(model, pi, partial(map, sample, held), partial(build, forget_rng), forget_rng)
+                parts = (b.new[torch.isin(b.new, stream[i + 1].train)] for b in stream[: i + 2])
+                upcoming = partial(map, sample, [part for part in parts if len(part)])
+                mask = forget(model, pi, upcoming, partial(build, forget_rng), forget_rng)
                 if mask is not None:
-                    redrawn = torch.cat([~m.flatten() for m in mask.values()])
-                    rows[-1]["redrawn"] = redrawn.double().mean().item()
+                    redrawn = {name: (~m).flatten().double() for name, m in mask.items()}
+                    rows[-1]["redrawn"] = torch.cat([*redrawn.values()]).mean().item()
+                    rows[-1]["redrawn_by_tensor"] = {name: r.mean().item() for name, r in redrawn.items()}
+                forgotten = evaluate(model, test_pixels, test_labels)
+                rows[-1]["forgotten"] = {key: forgotten[key] for key in ("accuracy", "loss")}
             if rank == 0 and c.out:
                 state = record | dict(model=model.state_dict(), generators=[g.get_state() for g in rngs])
                 state["optimizer"] = optimizer.state_dict() if c.keep_momentum else None
@@ -660,11 +672,13 @@ def run(config: Config, forget: Method = lure_) -> dict:
 
 # ------------------------------------------------------------ Checks, record, state
 def pick_device(name: str) -> torch.device:
+    """The device to run on, where float32 is float32 from now on. ValueError if there is none of that name."""
+    torch.backends.cudnn.allow_tf32 = False  # by default, convolutions round to 10 bits of mantissa
     name = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and dist.is_initialized():
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(name)
     try:
+        if name == "cuda" and dist.is_initialized():
+            name = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(name)
         if torch.device(name).type in ("cpu", "cuda"):
             return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError):
@@ -673,7 +687,10 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_precision(name: str, device: torch.device) -> str:
-    """What to train in, "float32" or "bfloat16": without instructions for it, the latter is the slower."""
+    """What to train in, "float32" or "bfloat16": auto is the latter where it is known to be the faster.
+
+    That is on GPUs that have it, and on processors with AMX or by AMD: Intel's without AMX convert it slowly.
+    """
     if name != "auto":
         return name
     if device.type == "cuda":
@@ -681,7 +698,7 @@ def pick_precision(name: str, device: torch.device) -> str:
             native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         has = torch.cpu.get_capabilities()
-        native = has.get("avx512_bf16") or has.get("amx_bf16")
+        native = has.get("amx_bf16") or (has.get("avx512_bf16") and "AMD" in has.get("cpu_name", ""))
     return "bfloat16" if native else "float32"
 
 
@@ -715,7 +732,7 @@ def totals(rows: list[dict]) -> dict:
 FORMAT = 1  # of the record and of the state
 PATHS = {"data", "cache", "out", "checkpoint", "device"}  # where things are: no two runs differ by these
 # Beside configuration and data, what has to be as it was for a run to be continued to the same result.
-ALL_THE_SAME = ("format", "git_commit", "versions", "processes", "device", "precision")
+ALL_THE_SAME = ("format", "git_commit", "versions", "processes", "device")
 
 
 def read_earlier(path: str, read, run: dict, keys=()) -> dict | None:
@@ -724,7 +741,10 @@ def read_earlier(path: str, read, run: dict, keys=()) -> dict | None:
         return None
     try:
         record = read(path)
-        there, here = ({f"its {k}": r[k] for k in keys} | r["data"] | r["config"] for r in (record, run))
+        there, here = (
+            {f"its {k}": r[k] for k in keys} | r["data"] | r["config"] | {"precision": r["precision"]}
+            for r in (record, run)  # the precision that it ran in, whatever the option's word
+        )
         odd = [k for k in there | here if k not in PATHS and there.get(k) != here.get(k)]
     except Exception as error:
         kind = type(error).__name__
@@ -830,7 +850,7 @@ def main(argv=None, options=Config, method=lambda config: lure_) -> int:
 
     def call():
         config = by_first(lambda: options(**vars(parser.parse_args(argv))))
-        by_first(lambda: method(config) and None)  # so that what is wrong is told once
+        by_first(lambda: (method(config), pick_device(config.device)) and None)  # what is wrong is told once
         record = run(config, method(config))
         if ranks()[0] == 0:
             print(json.dumps(record["totals"]))

@@ -50,8 +50,8 @@ def watched(config, method=lure.lure_):
         found["samples"][-1] += index[share].tolist()
         return augmented(pixels, index, padding, flip, generator, share)
 
-    def forget(model, pi, seen, fresh, generator):
-        mask = method(model, pi, seen, fresh, generator)
+    def forget(model, *rest):
+        mask = method(model, *rest)
         found["masks"].append(mask)
         found["ends"].append({name: t.clone() for name, t in model.state_dict().items()})
         return mask

@@ -85,6 +85,18 @@ def test_a_file_of_another_configuration_is_never_overwritten(tmp_path, capsys):
     assert out.read_text() == "something else"
 
 
+def test_a_record_is_compared_by_the_precision_that_it_ran_in(tmp_path, capsys):
+    out = tmp_path / "run.json"
+    assert lure.main([*TINY, "--precision", "float32", "--out", str(out)]) == 0
+    record = json.loads(out.read_text())
+    ran = lure.pick_precision("auto", torch.device("cpu"))
+    out.write_text(json.dumps(record | {"precision": ran}))
+    assert lure.main([*TINY, "--out", str(out)]) == 0  # auto, which means the same
+    other = "float32" if ran == "bfloat16" else "bfloat16"
+    capsys.readouterr()
+    refused(capsys, 2, f"precision {ran}, not {other}", argv=["--out", str(out), "--precision", other])
+
+
 def test_interrupted_leaves_nothing_half_written(tmp_path, capsys, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
@@ -183,7 +195,7 @@ def make(folder, *words):
 
 
 TARGETS = [f"reproduce-table{i}" for i in range(1, 10)] + [f"reproduce-figure{i}" for i in range(2, 7)]
-TARGETS += ["where-from", "cost", "precision"]
+TARGETS += ["where-from", "cost", "forgetting", "precision"]
 
 
 def planned(folder, *words):
@@ -313,13 +325,38 @@ def test_the_small_scale_and_what_narrows_a_table(checkout):
     assert "/ 1 " in one and "/ 2 " in two  # the threads are divided
 
 
+def test_the_narrow_scale_runs_the_papers_protocol_with_a_narrow_network(checkout):
+    def rows(target, *words):
+        runs, _ = planned(checkout, target, "SCALE=narrow", "DATA=photos/cifar10-jpeg", *words)
+        protocol = "--dataset folder --data photos/cifar10-jpeg --arch small --precision float32 --method "
+        assert all(protocol in line for line in runs.values())
+        assert {"--limit", "--epochs", "--mega-batches"} & set(" ".join(runs.values()).split()) == set()
+        seeds = [re.fullmatch(r"results/narrow/cifar10-jpeg/(.*)-(\d).json", file).groups() for file in runs]
+        each = [name for name, seed in seeds if seed == "1"]
+        assert seeds == [(name, seed) for seed in "123" for name in each]
+        return [name.replace("+replay=none", "") for name in each]
+
+    six = ["warm-start", "warm-start+gamma=1", "lure", "llf", "sp", "scratch"]
+    table3 = [*six, "lure+gamma=1", "random", "rifle", "dash", "fire"]
+    assert rows("reproduce-table3") == table3
+    assert rows("reproduce-table1") == ["warm-start", "lure", "warm-start+gamma=1", "scratch"]
+    assert rows("reproduce-table2") == [f"{name}+replay=buffer" for name in six]
+    assert rows("where-from") == ["warm-start", "warm-start+gamma=1", "lure", "lure+gamma=1"]
+    for target in ("forgetting", *(f"reproduce-figure{i}" for i in (2, 3, 4, 5))):
+        assert rows(target) == table3
+    first, _ = planned(checkout, "reproduce-table3", "SCALE=narrow", "METHODS=warm-start+gamma=1", "SEEDS=2")
+    assert [*first] == ["results/narrow/DATA/warm-start+gamma=1+replay=none-2.json"]
+    assert len(planned(checkout, "reproduce", "SCALE=narrow", "DATA=x")[0]) == 33 + 12 + 18
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
         (["reproduce-table2", "SCALE=small"], "DATA: expected DATA=<folder with train/<class>/ and"),
         (["reproduce-table5"], "IMAGENET: expected IMAGENET=<folder with train/ and val/>"),
         (["reproduce-figure2", "DATASETS=digits"], "CIFAR10C: expected CIFAR10C=<folder of CIFAR-10-C>"),
-        (["reproduce-table1", "SCALE=large"], "SCALE: expected paper or small"),
+        (["reproduce-table4", "SCALE=narrow"], "reproduce-table4: SCALE=narrow does not have it, only table3"),
+        (["reproduce-table1", "SCALE=large"], "SCALE: expected paper, small or narrow"),
     ],
 )
 def test_make_without_what_it_needs_says_so(checkout, words, message):

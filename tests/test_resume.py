@@ -185,7 +185,7 @@ SPOILT = {
     "another torch": (changed("versions", {}), "its versions {}, not"),
     "another commit": (changed("git_commit", "abc"), "its git_commit abc, not"),
     "another device": (changed("device", "abacus"), "its device abacus, not"),
-    "another precision": (changed("precision", "int8"), "its precision int8, not"),
+    "another precision": (changed("precision", "int8"), "precision int8, not"),
     "other processes": (changed("processes", 2), "its processes 2, not 1"),
     "nonsense": (changed("config", {"epochs": torch.zeros(2)}), "expected what"),
     "other data": (changed("data", {"train": 9, "test": 9}), "train 9, not 120, test 9, not 60, sha256 None"),
