@@ -4,7 +4,7 @@
 MAKEFLAGS += --no-builtin-rules --no-print-directory
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-long test-oldest coverage mutants lint bench precision reproduce overview prepare runs
-.PHONY: clean
+.PHONY: reports clean
 
 # Variables count on the command line, not in the environment, where the same names may mean something else.
 VARIABLES := OUT DATA IMAGENET CIFAR10C SCALE TABLES DATASETS METHODS SEEDS ARGS
@@ -26,8 +26,7 @@ help:  ## list the targets
 
 demo: $(READY)  ## all methods on scikit-learn's digits: a table and a figure, in a minute and a half
 	rm -rf demo
-	$(MAKE) $(if $(filter -j%,$(MAKEFLAGS)),,-j$$(getconf _NPROCESSORS_ONLN)) runs TABLES=demo SCALE=demo OUT=demo \
-	    DATASETS=digits SEEDS="$(or $(SEEDS),1)"
+	$(MAKE) $(if $(filter -j%,$(MAKEFLAGS)),,-j$$(getconf _NPROCESSORS_ONLN)) runs TABLES=demo SCALE=demo
 
 test: $(READY)  ## the test-suite
 	$(PYTHON) -m pytest -q $(ARGS) tests
@@ -99,7 +98,10 @@ reproduce: $(READY)  ## all of these
 # is a file, $(OUT)/<data set>/<row>-<seed>.json; where two tables have the same row, they share it.
 SCALE := paper
 $(if $(filter-out paper small narrow precision demo,$(SCALE)),$(error SCALE: expected paper, small or narrow, not $(SCALE)))
-OUT = results/$(SCALE)
+OUT = $(if $(filter demo,$(SCALE)),demo,results/$(SCALE))
+ifeq ($(SCALE)$(DATASETS),demo)
+DATASETS := digits
+endif
 ALL := $(addprefix table,1 2 3 4 5 6 7 8 9) $(addprefix figure,2 3 4 5 6) where-from cost forgetting
 at.narrow := $(addprefix table,3 1 2) where-from forgetting $(addprefix figure,2 3 4 5)
 at.demo := demo forgetting
@@ -173,7 +175,8 @@ seeds.small.table4 := 1
 seeds.small.table6 := 1
 seeds.small.figure6 := 1
 seeds.small.cost := 1
-seeds = $(or $(SEEDS),$(seeds.$(SCALE).$1),1 2 3)
+seeds.demo := 1
+seeds = $(or $(SEEDS),$(seeds.$(SCALE).$1),$(seeds.$(SCALE)),1 2 3)
 datasets.table1 := cifar10 cifar100 $(if $(IMAGENET),restricted-imagenet)
 datasets.table2 := $(datasets.table1)
 datasets.table3 := $(datasets.table1)
@@ -195,7 +198,8 @@ $(TARGETS): $(READY)
 
 files = $(foreach s,$(call seeds,$1),$(foreach d,$(call datasets,$1),$(foreach r,$($1),$(OUT)/$d/$r-$s.json)))
 RUNS = $(foreach t,$(TABLES),$(call files,$t))
-METRICS = $(if $(filter figure3 figure4 figure5,$(TABLES)),$(patsubst %.json,%.metrics.json,$(call files,figure4)))
+METRICS = $(patsubst %.json,%.metrics.json,$(if $(filter figure3 figure4 figure5,$(TABLES)),$(call files,figure4)) \
+    $(if $(filter forgetting,$(TABLES)),$(foreach s,$(call seeds,forgetting),$(filter %/lure-$s.json %/lure+replay=none-$s.json,$(call files,forgetting)))))
 CORRUPTIONS = $(if $(filter figure2,$(TABLES)),$(patsubst %.json,%.corruptions.json,$(call files,figure2)))
 MISSING = $(filter-out $(wildcard $(RUNS) $(METRICS) $(CORRUPTIONS)),$(RUNS) $(METRICS) $(CORRUPTIONS))
 dataset = $(notdir $(patsubst %/,%,$(dir $@)))
@@ -209,8 +213,11 @@ threads = OMP_NUM_THREADS=$$(n=$$(( $$(getconf _NPROCESSORS_ONLN) / $(jobs) )); 
 runs: $(RUNS) $(METRICS) $(CORRUPTIONS)
 	$(foreach t,$(TABLES),$(call report,$t))
 
+reports: $(READY)  ## the tables and figures of SCALE= from the runs that are there; starts none
+	$(foreach t,$(HERE),$(call report,$t,--incomplete))
+
 define report
-$(PYTHON) evaluate.py report --out $(OUT)/$1.md $(call files,$1)
+$(PYTHON) evaluate.py report --out $(OUT)/$1.md $2 $(call files,$1)
 
 endef
 

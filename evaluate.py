@@ -6,12 +6,14 @@ python evaluate.py report --out table9.md cifar10/*-[123].json     # a table of 
 """
 
 import argparse
+import contextlib
 import inspect
 import json
 import math
 import re
 import statistics
 import sys
+from dataclasses import fields
 from functools import partial
 from itertools import compress, product
 from pathlib import Path
@@ -22,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lure
-from baselines import METHODS, evaluating
+from baselines import METHODS, evaluating, fisher_information, magnitudes, random_scores
 from lure import DataError, expected_calibration_error
 
 
@@ -125,21 +127,49 @@ def weight_noise_accuracy(model, images, labels, sigmas, repeats=3, generator=No
     The mean over `repeats` draws, made on the generator's device. `images` (N, C, H, W) float in [0, 1]. The
     parameters are put back bit by bit.
     """
-    with torch.no_grad():
-        saved, results = [p.clone() for p in model.parameters()], []
-        try:
-            for sigma in sigmas:
-                runs = []
-                for _ in range(repeats):
-                    for p, original in zip(model.parameters(), saved, strict=True):
-                        noise = torch.randn(p.shape, generator=generator, device=(generator or p).device)
-                        p.copy_(original + sigma * noise.to(p))
-                    runs.append(accuracy(model, images, labels))
-                results.append(statistics.fmean(runs))
-        finally:
+    results = []
+    for sigma in sigmas:
+        runs = []
+        for _ in range(repeats):
+            with restored(model), torch.no_grad():
+                for p in model.parameters():
+                    noise = torch.randn(p.shape, generator=generator, device=(generator or p).device)
+                    p.add_(sigma * noise.to(p))
+                runs.append(accuracy(model, images, labels))
+        results.append(statistics.fmean(runs))
+    return results
+
+
+def redrawing_accuracy(model, pi, images, labels, shares, generator) -> dict[str, list[float]]:
+    """Accuracy in percent right after redrawing each share of the weights, by each criterion of Table 8.
+
+    `pi`: images (N, C, H, W) float in [0, 1] and labels (N,) int64 to score the weights by; `images` and
+    `labels` to measure on; `shares` in (0, 1). The parameters are put back bit by bit.
+    """
+    scores = {
+        "lure": lure.connection_sensitivity(model, *pi),
+        "fisher": fisher_information(model, *pi),
+        "magnitude": magnitudes(model),
+        "random": random_scores(model, generator),
+    }
+    result: dict[str, list[float]] = {criterion: [] for criterion in scores}
+    for criterion, share in product(scores, shares):
+        with restored(model):
+            lure.reinitialize_(model, lure.top_k_mask(scores[criterion], 1 - share), generator)
+            result[criterion].append(accuracy(model, images, labels))
+    return result
+
+
+@contextlib.contextmanager
+def restored(model: nn.Module):
+    """Afterwards the parameters are what they were, bit by bit."""
+    saved = [p.detach().clone() for p in model.parameters()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
             for p, original in zip(model.parameters(), saved, strict=True):
                 p.copy_(original)
-        return results
 
 
 # ------------------------------------------------------------ A checkpoint's metrics
@@ -158,7 +188,7 @@ def load_checkpoint(path: Path, device: torch.device) -> tuple[nn.Module, dict]:
 
 
 def metrics(path: Path, args: argparse.Namespace) -> dict:
-    """A checkpoint's calibration, PGD and weight noise, or accuracy under corruptions; writes it too."""
+    """A checkpoint's calibration, PGD, weight noise and redrawing, or accuracy under corruptions; writes it."""
     device = lure.pick_device(args.device)
     model, config = load_checkpoint(path, device)
     sizes = {key: config[key] for key in ("image_size", "limit", "limit_test", "shots")}
@@ -171,20 +201,24 @@ def metrics(path: Path, args: argparse.Namespace) -> dict:
         result["images_per_severity"] = len(load_array(args.corruptions / "labels.npy")) // 5
         target = path.with_suffix(".corruptions.json")
     else:
-        result |= clean_metrics(model, data, config["seed"], args.epsilons, args.sigmas)
+        result |= clean_metrics(model, data, config, args.epsilons, args.sigmas)
         target = path.with_suffix(".metrics.json")
     text = json.dumps(result, indent=1) + "\n"
     lure.write(target, lambda file: file.write(text.encode()))
     return result
 
 
-def clean_metrics(model, data: lure.Dataset, seed: int, epsilons, sigmas) -> dict:
-    """Accuracy, ECE and its bins, accuracy under PGD-10 by ε, training accuracy by σ of weight noise."""
-    device = next(model.parameters()).device
+def clean_metrics(model, data: lure.Dataset, config: dict, epsilons, sigmas) -> dict:
+    """Test accuracy: clean, by confidence (ECE), under PGD-10 by ε, and right after redrawing by share; accuracy
+    on the training parts of the run's mega-batches by σ of weight noise."""
+    device, seed = next(model.parameters()).device, config["seed"]
+    of_run = lure.Config(**{f.name: config[f.name] for f in fields(lure.Config)})
+    train_y, stream = lure.draw_stream(of_run, data)
+    trained = torch.cat([batch.new for batch in stream])
     train_x, test_x = (
-        lure.to_input(x.permute(0, 2, 3, 1).to(device)) for x in (data.images, data.test_images)
+        lure.to_input(x.permute(0, 2, 3, 1).to(device)) for x in (data.images[trained], data.test_images)
     )
-    train_y, test_y = data.labels.to(device), data.test_labels.to(device)
+    train_y, test_y = train_y[trained].to(device), data.test_labels.to(device)
     probabilities = predict(model, test_x).softmax(1)
     result: dict = {"accuracy": 100 * probabilities.argmax(1).eq(test_y).double().mean().item()}
     result["ece"] = expected_calibration_error(probabilities, test_y)
@@ -196,11 +230,21 @@ def clean_metrics(model, data: lure.Dataset, seed: int, epsilons, sigmas) -> dic
         result["pgd"][f"{epsilon:g}/255"] = accuracy(model, attacked, test_y)
     generator = torch.Generator().manual_seed(seed)
     noisy = weight_noise_accuracy(model, train_x, train_y, sigmas, generator=generator)
-    return result | {"weight_noise": {f"{s:g}": a for s, a in zip(sigmas, noisy, strict=True)}}
+    result["weight_noise"] = {f"{s:g}": a for s, a in zip(sigmas, noisy, strict=True)}
+    drawn = torch.randperm(len(trained), generator=generator)[:1125]  # as many as the protocol's π
+    redrawn = redrawing_accuracy(
+        model, (train_x[drawn], train_y[drawn]), test_x, test_y, SHARES, generator
+    )
+    return result | {
+        "redrawing": {
+            criterion: {f"{s:g}": a for s, a in zip(SHARES, by_share, strict=True)}
+            for criterion, by_share in redrawn.items()
+        }
+    }
 
 
 def summary(result: dict) -> str:
-    shown = {key: result[key] for key in ("accuracy", "ece", "pgd", "weight_noise") if key in result}
+    shown = {key: result[key] for key in ("accuracy", "ece", "pgd", "weight_noise", "redrawing") if key in result}
     return json.dumps(shown or {"mca": result["corruptions"]["mean"]})
 
 
@@ -229,6 +273,7 @@ SUBJECTS = {
     "figure6": "learning rate and weight decay",
     "where-from": "method, schedule or choice of the epoch",
     "cost": "accuracy and errors against image passes",
+    "forgetting": "accuracy before and right after forgetting, and after relearning",
     "precision": "of training",
     "demo": "all methods",
 }
@@ -295,7 +340,8 @@ def load_record(path: Path) -> dict:
     def load(file: Path) -> dict:
         record = json.loads(file.read_text())
         config = {"method": "lure", "set": []} | record["config"]
-        options = {k: v for k, v in config.items() if k not in lure.PATHS | {"method", "seed", "classes"}}
+        apart = lure.PATHS | {"method", "seed", "classes", "precision"}
+        options = {k: v for k, v in config.items() if k not in apart}
         options |= {"data": record["data"]["sha256"]}
         return record | {"config": config, "options": options}
 
@@ -317,14 +363,15 @@ def load_record(path: Path) -> dict:
                 measured = load(file)
                 if measured["options"] != record["options"] or measured["config"]["seed"] != config["seed"]:
                     raise ValueError("it is of another run")
-                record |= {key: measured[key] for key in keys}
+                record |= {key: measured[key] for key in keys if key in measured}
         file = path
         for part in (record["totals"], record):
             if "ece" in part:
                 part["ece"] *= 100
         if noisy := record.get("weight_noise"):
             record["noise_drop"] = {s: noisy["0"] - a for s, a in noisy.items() if s != "0"}
-        record["options"]["precision"] = record["precision"]  # what it was, where the option is auto
+        record |= forgetting_of(record["mega_batches"])
+        record["options"]["precision"] = record["precision"]  # that it ran in, whatever the option's word
         if "keep" not in inspect.signature(METHODS[method]).parameters:
             record["options"]["keep"] = None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -333,8 +380,23 @@ def load_record(path: Path) -> dict:
     return record | {"path": path, "named": named}
 
 
+def forgetting_of(rows: list[dict]) -> dict:
+    """What forgetting did, as a mean over the times that it happened, where the record has it (newer ones do)."""
+    pairs = [(a, b) for a, b in zip(rows, rows[1:], strict=False) if a.get("forgotten")]
+    if not pairs:
+        return {}
+    of = {
+        "before": [a["test"]["accuracy"] for a, _ in pairs],
+        "after": [a["forgotten"]["accuracy"] for a, _ in pairs],
+        "relearned": [b["test"]["accuracy"] for _, b in pairs],
+    }
+    masks = [a["redrawn_by_tensor"] for a, _ in pairs if a["redrawn_by_tensor"]]
+    shares = {name: statistics.fmean(100 * mask[name] for mask in masks) for name in (masks or [{}])[0]}
+    return {"forgetting": {k: statistics.fmean(v) for k, v in of.items()}, "shares": shares or None}
+
+
 MEASURED = {
-    ".metrics.json": ("ece", "reliability", "pgd", "weight_noise"),
+    ".metrics.json": ("ece", "reliability", "pgd", "weight_noise", "redrawing"),
     ".corruptions.json": ("corruptions", "images_per_severity"),
 }
 
@@ -514,8 +576,11 @@ CLAIMS = (
 )
 
 
-def report(out: Path, paths: list[Path]) -> str:
-    """Write `out`, a table of runs beside the paper's of its name, and its figure, NAME-DATASET.png."""
+def report(out: Path, paths: list[Path], incomplete: bool = False) -> str:
+    """Write `out`, a table of runs beside the paper's of its name, and its figure, NAME-DATASET.png.
+
+    If it may be incomplete, runs that are not there are named in it, and with none there nothing is written.
+    """
     from matplotlib.figure import Figure
 
     name, scale = out.stem, out.resolve().parent.name
@@ -526,32 +591,64 @@ def report(out: Path, paths: list[Path]) -> str:
     parts, lines = [], []
     paths = [p for path in paths for p in (sorted(path.glob("*-*.json")) if path.is_dir() else [path])]
     paths = [path for path in dict.fromkeys(paths) if not path.name.endswith(tuple(MEASURED))]
+    absent = [path for path in paths if incomplete and not path.exists()]
     if not paths:
         raise DataError("expected records of runs, METHOD+OPTION=VALUE+…-SEED.json; found none")
-    for dataset in dict.fromkeys(path.resolve().parent.name for path in paths):
-        rows = load_rows([path for path in paths if path.resolve().parent.name == dataset])
+    for dataset in dict.fromkeys(path.resolve().parent.name for path in paths if path not in absent):
+        here = [path for path in paths if path.resolve().parent.name == dataset]
+        rows = load_rows([path for path in here if path not in absent])
         known = next((n for n in ("cifar100", "cifar10", "restricted-imagenet") if dataset.startswith(n)), "")
         printed, title = [p for p in published if p["dataset"] == known], TITLES.get(dataset, dataset)
-        needed = [column.path for column in columns if column.path[0] != "totals"]
-        measured = [r for r in rows if all(len(r.values(*path)) == len(r.records) for path in needed)]
+        measured, others = split_measured(rows, [column.path for column in columns])
+        missing = [path for path in here if path in absent]
+        if name != "figure3" or not any(row.config["label_noise"] for row in others):
+            missing += [record["path"] for row in others for record in row.records]
+            others = []  # in figure 3 they are its other half
+        if not measured and incomplete:
+            continue
         if not measured:
-            raise DataError(
-                f"{rows[0].records[0]['path']}: expected what evaluate.py metrics writes beside it"
-            )
+            raise DataError(f"{missing[0]}: {EXPECTED.get(columns[0].path[0], WROTE)}")
         if draw:
             figure = Figure(layout="constrained")
-            draw(figure, measured, printed, [row for row in rows if row not in measured])
+            draw(figure, measured, printed, others)
             figure.suptitle(f"{headline(name)} ({scale}, {title})", fontsize=9)
             save = partial(figure.savefig, format="png", dpi=130)
             lure.write(out.with_name(f"{name}-{dataset}.png"), save)
         parts.append(f"{caption(title, measured, columns)}\n\n{table(measured, columns, printed)}")
+        parts += [shares_table(measured)] * (name == "forgetting")
+        parts += [f"Not measured: {', '.join(f'`{path.stem}`' for path in missing)}.\n"] * bool(missing)
         for claim in paper["claims"]:
             if claim["table"] == name and (result := verdict(claim, rows)):
                 cells = [claim["claim"], headline(name).split(":")[0], f"{scale}, {title}", *result]
                 lines.append(f"| {' | '.join(cells)} |\n")
     text = "\n".join(parts) + (f"\n{CLAIMS}{''.join(lines)}" if lines else "")
-    lure.write(out, lambda file: file.write(text.encode()))
-    return text
+    if text:
+        lure.write(out, lambda file: file.write(text.encode()))
+    return text or f"nothing has been measured yet for {name}"
+
+
+WROTE = "expected what evaluate.py metrics writes beside it"
+EXPECTED = {"forgetting": "expected a record that says what was forgotten, as newer ones do"}
+
+
+def split_measured(rows: list[Row], paths: list[tuple]) -> tuple[list[Row], list[Row]]:
+    """The rows with the records in which all that the paths lead to was measured, and with the others."""
+    seeds = [set.intersection(*({*row.by_seed(*path)} for path in paths)) for row in rows]
+    split: tuple[list[Row], list[Row]] = [], []
+    for row, having in zip(rows, seeds, strict=True):
+        for part, there in zip(split, (True, False), strict=True):
+            if records := [r for r in row.records if (r["config"]["seed"] in having) == there]:
+                part.append(row._replace(records=records))
+    return split
+
+
+def shares_table(rows: list[Row]) -> str:
+    """Markdown: the share of each weight tensor that was redrawn, for the rows that redraw by a mask."""
+    rows = [row for row in rows if row.values("shares")]
+    lines = [["Redrawn of, %", *(row.label for row in rows)], [":---"] + ["---:"] * len(rows)]
+    for name in rows[0].values("shares")[0] if rows else ():
+        lines.append([name.removesuffix(".weight"), *(spread(row.values("shares", name), 1) for row in rows)])
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines) if rows else ""
 
 
 def headline(name: str) -> str:
@@ -634,13 +731,14 @@ def corruption_bars(figure, rows, published, others):
 
 def attack_and_noise(figure, rows, published, others):
     figure.set_size_inches(10, 4)
-    left, right = figure.subplots(1, 2, sharey=True)
+    left, right = figure.subplots(1, 2, sharey=True) if others else (figure.subplots(), None)
     left.set(xlabel="PGD-10: radius ε, in 1/255", ylabel="test accuracy, %")
-    right.set(xlabel="label noise: probability that a label is redrawn")
     order = [*METHODS]
     for row in rows:
         samples = [row.values("totals", "test_accuracy"), *(row.values("pgd", f"{e}/255") for e in EPSILONS)]
-        draw_line(left, [0, *EPSILONS], samples, order.index(row.method), label=NAMES[row.method])
+        draw_line(left, [0, *EPSILONS], samples, order.index(row.method), label=row.label)
+    if others:
+        right.set(xlabel="label noise: probability that a label is redrawn")
     for method, group in by_method(others).items():
         x = [row.config["label_noise"] for row in group]
         samples = [row.values("totals", "test_accuracy") for row in group]
@@ -711,13 +809,57 @@ def cost(figure, rows, published, others):
             draw_line(axes, x, [row.values("totals", key) for row in group], i, label=NAMES[method])
 
 
+def forgetting(figure, rows, published, others):
+    """Accuracy around forgetting, by method; right after redrawing more or less; which tensors are redrawn."""
+    redrawn = [row for row in rows if row.method == "lure" and row.values("redrawing")][:1]
+    masked = [row for row in rows if row.values("shares")]
+    panels = figure.subplots(1, 1 + bool(redrawn) + bool(masked), squeeze=False)[0]
+    figure.set_size_inches(1 + 5 * len(panels), 5)
+    first, *panels = panels
+    series = {"before": "before", "after": "right after forgetting", "relearned": "after relearning"}
+    for i, (key, label) in enumerate(series.items()):
+        means, errors = zip(*(mean_and_error(row.values("forgetting", key)) for row in rows), strict=True)
+        x, color = [place + 0.27 * (i - 1) for place in range(len(rows))], ("0.6", "C3", "C0")[i]
+        first.bar(x, means, 0.27, yerr=errors, label=label, color=color, error_kw={"lw": 0.6})
+    first.set_xticks(range(len(rows)), [row.label for row in rows], rotation=40, ha="right", fontsize=8)
+    first.set(ylabel="test accuracy, %, mean over the stream", ymargin=0.2)
+    first.legend(fontsize=7, ncols=3)
+    for row in redrawn:
+        axes, *panels = panels
+        axes.set(xlabel="weights redrawn, %", ylabel="test accuracy right after, %")
+        axes.set_title(f"the network of {row.label}, redrawn at its end by", fontsize=8)
+        for i, criterion in enumerate(CRITERIA):
+            samples = [row.values("redrawing", criterion, f"{share}") for share in SHARES]
+            x = [0, *(100 * share for share in SHARES)]
+            clean = row.values("totals", "test_accuracy")
+            draw_line(axes, x, [clean, *samples], i, label=CRITERIA[criterion])
+        axes.set_ylim(bottom=0)
+    for axes in panels:
+        names = [*masked[0].values("shares")[0]]
+        axes.set(ylabel="redrawn of a tensor, %")
+        for i, row in enumerate(masked):
+            samples = [row.values("shares", name) for name in names]
+            draw_line(axes, range(len(names)), samples, i, label=row.label)
+        short = [name.removesuffix(".weight") for name in names]
+        axes.set_xticks(range(len(names)), short, rotation=90, fontsize=6)
+
+
+CRITERIA = {"lure": "SNIP (LURE)", "fisher": "Fisher", "magnitude": "magnitude", "random": "chance"}
+SHARES = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
 EPSILONS, SIGMAS = (1, 2, 4, 8), (0, 0.01, 0.02, 0.03, 0.04, 0.05)
 ATTACKS = [Column(f"At ε = {e}/255, %", ("pgd", f"{e}/255"), paired=e == 2) for e in EPSILONS]
 NOISES = [Column("Without noise, %", ("weight_noise", "0"))]
 NOISES += [Column(f"Drop at σ = {s}, points", ("noise_drop", f"{s}"), paired=s == 0.02) for s in SIGMAS[1:]]
+FORGETTING = [
+    Column("Before, %", ("forgetting", "before")),
+    Column("Right after, %", ("forgetting", "after")),
+    Column("Relearned, %", ("forgetting", "relearned"), paired=True),
+]
 FIGURES = {  # its columns, and how it is drawn
     "demo": (MAIN, anytime),
     "table1": (MAIN, anytime),
+    "table3": (MAIN, anytime),
+    "forgetting": (FORGETTING, forgetting),
     "figure2": ([Column("mCA, %", ("corruptions", "mean"), printed="mca", paired=True)], corruption_bars),
     "figure3": (ATTACKS, attack_and_noise),
     "figure4": ([Column("ECE, %", ("ece",), paired=True)], reliability),
@@ -729,7 +871,7 @@ FIGURES = {  # its columns, and how it is drawn
 
 INTRODUCTION = """# Results
 
-Written by `make overview` from the reports in `paper`, `small` and `precision`, as far as they have been
+Written by `make overview` from the reports in `paper`, `narrow`, `small` and `precision`, as far as they have been
 measured; the speed of the loop is in [`bench`](bench). Every run is a file, `SCALE/DATASET/ROW-SEED.json`.
 
 ## The paper's claims
@@ -744,7 +886,7 @@ beside ours wherever it prints any, whatever the scale; Figure 6's grid of rates
 def overview(folder: Path) -> str:
     """Write folder/README.md: the claims, then all reports, from its subfolders, one for each scale."""
     parts, claims = [], []
-    for scale in ("paper", "small", "precision"):
+    for scale in ("paper", "narrow", "small", "precision"):
         for name in SUBJECTS:
             path = folder / scale / f"{name}.md"
             if path.exists():
@@ -754,7 +896,7 @@ def overview(folder: Path) -> str:
                 shown = "".join(f"![{headline(name)}]({scale}/{i.name})\n\n" for i in images)
                 parts.append(f"## {headline(name)} ({scale})\n\n{shown}{tables.rstrip()}\n")
     if not parts:
-        raise DataError(f"{folder}: expected reports in paper, small or precision; found none")
+        raise DataError(f"{folder}: expected reports in paper, narrow, small or precision; found none")
     text = f"{INTRODUCTION}\n{CLAIMS}{''.join(claims)}\n" + "\n".join(parts)
     lure.write(folder / "README.md", lambda file: file.write(text.encode()))
     return text
@@ -769,12 +911,15 @@ def main(argv=None) -> int:
     command.add_argument("paths", nargs="+", type=Path, metavar="RECORD", help="or a folder of them")
     out = "file to write, table.md by default; its name, as in table9.md, says what it is beside"
     command.add_argument("--out", type=Path, help=out, default=Path("table.md"))
-    command.set_defaults(call=lambda args: print(report(args.out, args.paths), args.out, sep="\n"))
+    command.add_argument("--incomplete", action="store_true", help="name the runs that are not there")
+    command.set_defaults(
+        call=lambda args: print(report(args.out, args.paths, args.incomplete), args.out, sep="\n")
+    )
     command = commands.add_parser("overview", help="README.md of a folder of reports")
     command.add_argument("folder", type=Path)
     command.set_defaults(call=lambda args: overview(args.folder))
     command = commands.add_parser(
-        "metrics", help="calibration, attack, weight noise, corruptions of checkpoints"
+        "metrics", help="calibration, attack, weight noise, redrawing, corruptions of checkpoints"
     )
     command.add_argument("paths", nargs="+", type=Path, metavar="CHECKPOINT")
     command.add_argument("--corruptions", type=Path, help="folder of CIFAR-10-C: measure these instead")
