@@ -3,8 +3,9 @@
     python baselines.py --method sp --dataset digits --arch small --mega-batches 4 --epochs 10
     python baselines.py --method dash --set alpha=0.3 floor=0.1 --dataset cifar10 --out dash-1.json
 
-Every method has the signature that `lure.run` documents: `method_(model, pi, upcoming, fresh, generator, **own)`
-changes the model in place between two mega-batches and returns its mask (True: kept) or None.
+Every method has the signature that `lure.run` documents, `method_(model, pi, upcoming, fresh, generator)` and
+settings of its own: it changes the model in place between two mega-batches and returns its mask (True: kept)
+or None.
 """
 
 import contextlib
@@ -118,7 +119,8 @@ def redraw_layers_(model, new, prefixes: tuple[str, ...]) -> None:
 # ------------------------------------------------------------ LURE with another criterion (Table 8)
 def fisher_(model, pi, upcoming, fresh, generator, keep=0.8, chunk=1) -> dict[str, Tensor]:
     """LURE with the empirical Fisher information as its criterion (FIM in Table 8)."""
-    return keep_top_(model, fisher_information(model, *pi, chunk), keep, generator)
+    images, labels = pi
+    return keep_top_(model, fisher_information(model, images, labels, chunk), keep, generator)
 
 
 def magnitude_(model, pi, upcoming, fresh, generator, keep=0.8) -> dict[str, Tensor]:

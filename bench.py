@@ -1,8 +1,9 @@
 """How fast the loop of lure.py is beside a plain one, on whatever device is there: `make bench`.
 
 The plain loop is written as most people write it: a torchvision data set, random crop and flip by PIL,
-ToTensor, a DataLoader with workers, float32, channels first, SGD, `.item()` for the running loss. Both train
-the same network on the same images with the same batch size, in turn (A B A B) and after a warm-up.
+ToTensor, a DataLoader with workers, float32, channels first, SGD, `.item()` for the running loss. Ours is
+timed in each precision that the device has, of which --precision auto takes one. All train the same network
+on the same images with the same batch size, in turn (A B C A B C) and after a warm-up.
 
     python bench.py --out results/bench
 """
@@ -128,6 +129,10 @@ def median_seconds(call, device: torch.device, repeats: int = 3) -> float:
     return statistics.median([seconds(call, device) for _ in range(1 + repeats)][1:])
 
 
+def progress(text: str) -> None:
+    print(f"measuring {text}", file=sys.stderr, flush=True)
+
+
 def peak_memory(make, device: torch.device) -> float:
     """MiB that calling what `make` returns takes beyond weights and data, on the GPU or in this process.
 
@@ -151,11 +156,21 @@ def peak_of_this_process(make) -> float:
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit / 2**20
 
 
-def matmul_tflops(precisions: set[str], device: torch.device) -> dict[str, float]:
+def precisions(device: torch.device) -> list[str]:
+    """Those that the device has instructions for."""
+    has = torch.cpu.get_capabilities()
+    low = has.get("avx512_bf16") or has.get("amx_bf16")
+    if device.type == "cuda":
+        low = lure.pick_precision("auto", device) == "bfloat16"
+    return ["bfloat16", "float32"] if low else ["float32"]
+
+
+def matmul_tflops(device: torch.device) -> dict[str, float]:
     """TFLOP/s of the fastest product of two square matrices, for each precision."""
     rates: dict[str, float] = {}
-    for precision in sorted(precisions):
+    for precision in precisions(device):
         for n in (1024, 2048) if device.type == "cpu" else (4096, 8192, 16384):
+            progress(f"the product of two matrices of side {n} in {precision}")
             a, b = torch.rand(2, n, n, device=device).to(getattr(torch, precision))
             rate = 2 * n**3 / median_seconds(partial(torch.matmul, a, b), device, 5) / 1e12
             rates[precision] = max(rates.get(precision, 0), rate)
@@ -163,90 +178,122 @@ def matmul_tflops(precisions: set[str], device: torch.device) -> dict[str, float
 
 
 def compare(config: lure.Config, size: int, rounds: int, workers: int, device: torch.device) -> dict:
-    """Both loops in turn, `rounds` times, over the same `size` images."""
-    makes = dict(ours=partial(ours, device=device), plain=partial(plain, device=device, workers=workers))
-    loops, times = {name: make(config, size) for name, make in makes.items()}, {name: [] for name in makes}
-    for _ in range(1 + rounds):
-        for name, loop in loops.items():
-            times[name].append(seconds(loop, device))
-    times = {name: elapsed[1:] for name, elapsed in times.items()}  # the first round is the warm-up
+    """The plain loop and ours in each precision in turn, `rounds` times, over the same `size` images."""
+    makes = {p: partial(ours, replace(config, precision=p), device=device) for p in precisions(device)}
+    makes["plain"] = partial(plain, config, device=device, workers=workers)
+    calls, times = {name: make(size) for name, make in makes.items()}, {name: [] for name in makes}
+    for i in range(1 + rounds):
+        progress(f"{config.arch} at {config.image_size}×{config.image_size}, round {i} of {rounds}")
+        for name, call in calls.items():
+            times[name].append(seconds(call, device))
     with FlopCounterMode(display=False) as counter:
         sensitivity(config, 2, device)()  # forward and backward, as a step
     flops, steps = counter.get_total_flops() / 2, math.ceil(size / config.batch_size)
-    ratios = [b / a for a, b in zip(times["ours"], times["plain"], strict=True)]
-    ratio = statistics.median(times["plain"]) / statistics.median(times["ours"])
     result: dict = dict(arch=config.arch, image_size=config.image_size, batch_size=config.batch_size)
-    result |= dict(images=size, workers=workers, gflop_per_image=flops / 1e9)
-    result["precision"] = lure.pick_precision(config.precision, device)
-    result |= dict(ratio=ratio, ratio_low=min(ratios), ratio_high=max(ratios))
+    result |= dict(images=size, workers=workers, gflop_per_image=flops / 1e9, loops={})
+    result["auto"] = lure.pick_precision("auto", device)
     for name, make in makes.items():
-        elapsed = statistics.median(times[name])
-        result[name] = dict(images_per_second=size / elapsed, ms_per_step=1000 * elapsed / steps)
-        memory = peak_memory(partial(make, config, 4 * config.batch_size), device)
-        result[name] |= dict(tflops=size * flops / elapsed / 1e12, peak_mib=memory, seconds=times[name])
+        progress(f"memory, {name}")
+        elapsed, others = times[name][1:], times["plain"][1:]  # the first round is the warm-up
+        ratios, median = [b / a for a, b in zip(elapsed, others, strict=True)], statistics.median(elapsed)
+        result["loops"][name] = dict(
+            images_per_second=size / median,
+            ms_per_step=1000 * median / steps,
+            tflops=size * flops / median / 1e12,
+            ratio=statistics.median(others) / median,
+            ratio_low=min(ratios),
+            ratio_high=max(ratios),
+            peak_mib=peak_memory(partial(make, 2 * config.batch_size), device),
+            seconds=elapsed,
+        )
     return result
 
 
 def batch_size(config: lure.Config, size: int, device: torch.device) -> dict:
+    progress(f"batches of {config.batch_size}")
     size = math.ceil(size / config.batch_size) * config.batch_size
     elapsed = median_seconds(ours(config, size, device), device)
     return dict(batch_size=config.batch_size, images_per_second=size / elapsed)
 
 
 def unlearning(config: lure.Config, size: int, device: torch.device) -> dict:
-    """Time and memory of unlearning by `size` images."""
+    """Time of unlearning once by `size` images, and its memory, for which 64 are enough."""
+    progress(f"unlearning {config.arch} by {size} images")
     result = dict(arch=config.arch, images=size)
     result["weights"] = sum(p.numel() for p in connections(build(config, device)).values())
-    parts = dict(sensitivity=partial(sensitivity, config, size), redrawing=partial(redrawing, config))
-    for name, make in parts.items():
-        result[f"{name}_seconds"] = median_seconds(make(device=device), device)
-        result[f"{name}_mib"] = peak_memory(partial(make, device=device), device)
+    sensitivity(config, 64, device)()  # the warm-up
+    result["sensitivity_seconds"] = seconds(sensitivity(config, size, device), device)
+    result["sensitivity_mib"] = peak_memory(partial(sensitivity, config, 64, device), device)
+    result["redrawing_seconds"] = median_seconds(redrawing(config, device), device)
+    result["redrawing_mib"] = peak_memory(partial(redrawing, config, device), device)
     return result
 
 
 def benchmark(args: argparse.Namespace) -> dict:
+    """All that is asked for; each table is printed when it is ready."""
     device = lure.pick_device(args.device)
-    size = args.images or (512 if device.type == "cpu" else 16384)
-    common = dict(device=args.device, precision=args.precision, batch_size=args.batch_size, lr=0.01)
+    size = args.images or (192 if device.type == "cpu" else 16384)
+    common = dict(device=args.device, batch_size=args.batch_size, lr=0.01)
     large = lure.Config(**common, image_size=args.image_size)
     demo = lure.Config(**common, dataset="digits", arch="small", image_size=max(1, args.image_size // 2))
     result = lure.provenance(["bench.py", *args.argv], device, random_data(large, size))
-    sizes = [replace(large, batch_size=n) for n in args.batch_sizes]
-    networks = [replace(large, arch=arch) for arch in args.networks]
-    precisions = {"float32", lure.pick_precision(args.precision, device)}
-    result["matmul_tflops"] = matmul_tflops(precisions, device)
-    loops = (large, size), (demo, 4 * size)
-    result["loops"] = [compare(c, n, args.rounds, args.workers, device) for c, n in loops]
-    result["unlearning"] = unlearning(large, args.pi, device)
-    result["networks"] = [unlearning(c, 64, device) for c in networks]
-    result["batch_sizes"] = [batch_size(c, size, device) for c in sizes]
+    parts = {
+        "matmul_tflops": lambda: matmul_tflops(device),
+        "loops": lambda: [
+            compare(config, n, args.rounds, args.workers, device)
+            for config, n in ((large, size), (demo, 4 * size))
+        ],
+        "unlearning": lambda: unlearning(large, args.pi, device),
+        "batch_sizes": lambda: [
+            batch_size(replace(large, batch_size=n), size, device) for n in args.batch_sizes
+        ],
+        "networks": lambda: [unlearning(replace(large, arch=arch), 64, device) for arch in args.networks],
+    }
+    for name, measure in parts.items():
+        result[name] = measure()
+        if name in SECTIONS and result[name]:
+            print(SECTIONS[name](result), flush=True)
     return result
 
 
 # ------------------------------------------------------------ Report, command line
-def markdown(result: dict) -> str:
-    products, step, first = result["matmul_tflops"], result["unlearning"], result["loops"][0]
+def loops_table(result: dict) -> str:
+    products, batch = result["matmul_tflops"], result["loops"][0]["batch_size"]
     fastest = " and ".join(f"{rate:.2f} TFLOP/s in {dtype}" for dtype, rate in products.items())
     lines = ["Network|Loop|Images/s|Step, ms|TFLOP/s|Share of the product|Memory, MiB|Images/s ÷ plain's"]
     for case in result["loops"]:
-        ratio = f"{case['ratio']:.2f} ({case['ratio_low']:.2f} to {case['ratio_high']:.2f})"
-        ways = (("ours", case["precision"], ratio), ("plain", f"float32, {case['workers']} workers", "1"))
-        for name, how, times in ways:
-            loop, network = case[name], f"{case['arch']}, {case['image_size']}×{case['image_size']}"
+        for name, loop in case["loops"].items():
+            network = f"{case['arch']}, {case['image_size']}×{case['image_size']}"
+            how = f"ours, {name}{' (auto)' * (name == case['auto'])}"
+            how = f"plain, float32, {case['workers']} workers" if name == "plain" else how
             rate = f"{loop['images_per_second']:,.0f}|{loop['ms_per_step']:.1f}|{loop['tflops']:.3f}"
             share = 100 * loop["tflops"] / max(products.values())
-            lines.append(f"{network}|{name}, {how}|{rate}|{share:.0f} %|{loop['peak_mib']:,.0f}|{times}")
-    total = step["sensitivity_seconds"] + step["redrawing_seconds"]
-    text = (
+            times = f"{loop['ratio']:.2f} ({loop['ratio_low']:.2f} to {loop['ratio_high']:.2f})"
+            times = "1" if name == "plain" else times
+            lines.append(f"{network}|{how}|{rate}|{share:.0f} %|{loop['peak_mib']:,.0f}|{times}")
+    return (
         f"{result['device']}, {result['threads']} threads, torch {result['versions']['torch']}; the fastest "
-        f"product of two matrices: {fastest}. Batch size {first['batch_size']}; memory beyond weights and "
-        f"data, without that of the workers.\n\n{table(lines)}\n"
-        f"Unlearning once, {step['arch']} by {step['images']} images: {total:.2f} s, as long as "
-        f"{1000 * total / first['ours']['ms_per_step']:.1f} steps; mask and redrawing are "
-        f"{step['redrawing_seconds']:.2f} s of it.\n\n"
+        f"product of two matrices: {fastest}. Batch size {batch}; memory beyond weights and data, without "
+        f"that of the workers; (auto): what a run takes by default.\n\n{table(lines)}"
     )
+
+
+def unlearning_text(result: dict) -> str:
+    step, first = result["unlearning"], result["loops"][0]
+    total = step["sensitivity_seconds"] + step["redrawing_seconds"]
+    steps = 1000 * total / first["loops"][first["auto"]]["ms_per_step"]
+    return (
+        f"Unlearning once, {step['arch']} by {step['images']} images: {total:.2f} s, as long as {steps:.1f} "
+        f"steps; mask and redrawing are {step['redrawing_seconds']:.2f} s of it.\n"
+    )
+
+
+def batch_sizes_table(result: dict) -> str:
     lines = [f"{row['batch_size']}|{row['images_per_second']:,.0f}" for row in result["batch_sizes"]]
-    text += table([f"{first['arch']}, batch size|Images/s", *lines]) + "\n"
+    return table([f"{result['loops'][0]['arch']}, batch size|Images/s", *lines])
+
+
+def networks_table(result: dict) -> str:
     lines = ["Unlearning by 64 images|Weights|Sensitivity, s|Memory, MiB|Mask and redrawing, s"]
     lines[0] += "|per million weights, ms|Memory, MiB|per weight, bytes"
     for row in result["networks"]:
@@ -255,7 +302,19 @@ def markdown(result: dict) -> str:
         redrawing = f"{elapsed:.3f}|{1e9 * elapsed / weights:.1f}"
         held = f"{memory:,.0f}|{memory * 2**20 / weights:.1f}"
         lines.append(f"{row['arch']}|{weights:,}|{scoring}|{redrawing}|{held}")
-    return text + table(lines)
+    return table(lines)
+
+
+SECTIONS = {
+    "loops": loops_table,
+    "unlearning": unlearning_text,
+    "batch_sizes": batch_sizes_table,
+    "networks": networks_table,
+}
+
+
+def markdown(result: dict) -> str:
+    return "\n".join(section(result) for name, section in SECTIONS.items() if result[name])
 
 
 def table(lines: list[str]) -> str:
@@ -267,18 +326,19 @@ def main(argv=None) -> int:
     """The command line; its status is that of `lure.main`."""
     parser = lure.Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     count, some = dict(type=positive, metavar="N"), dict(type=positive, metavar="N", nargs="+")
-    archs, powers = ["small", "resnet18", "resnet50", "wide_resnet50_2"], [32, 64, 128, 256, 512, 1024]
     add = parser.add_argument
     add("--device", default="auto", help="cpu, cuda, cuda:1 ...; auto: the GPU if there is one")
-    add("--precision", default="auto", choices=lure.PRECISIONS, help="of the loop of lure.py")
-    add("--rounds", default=7, **count, help="how often each loop is timed; default: 7")
-    add("--images", **count, help="images of a round; default: 512, on a GPU 16384")
+    add("--rounds", default=4, **count, help="how often each loop is timed; default: 4")
+    add("--images", **count, help="images of a round; default: 192, on a GPU 16384")
     add("--image-size", default=32, **count, help="their side; default: 32")
     add("--batch-size", default=64, **count, help="samples per step; default: 64")
     add("--workers", default=min(4, os.cpu_count() or 1), **count, help="of the plain loop's DataLoader")
     add("--pi", default=1125, **count, help="images to unlearn by; default: the protocol's 1125")
-    add("--batch-sizes", default=powers, **some, help="of the second table")
-    add("--networks", default=archs, choices=lure.ARCHITECTURES, nargs="+", help="of the third table")
+    add("--batch-sizes", default=[], **some, help="a table of their rates, as 32 64 128 256 512 1024")
+    archs = dict(choices=lure.ARCHITECTURES, metavar="ARCH", nargs="+")
+    add(
+        "--networks", default=[], **archs, help=f"a table of unlearning them: {', '.join(lure.ARCHITECTURES)}"
+    )
     add("--out", type=Path, metavar="FOLDER", help="where to write DEVICE.json and DEVICE.md")
     args = parser.parse_args(argv)
     args.argv = sys.argv[1:] if argv is None else argv
@@ -294,7 +354,6 @@ def positive(text: str) -> int:
 def measure(args: argparse.Namespace) -> None:
     result = benchmark(args)
     text = markdown(result)
-    print(text)
     if args.out:
         path = args.out / re.sub("[^a-z0-9]+", "-", f"{result['device']} {result['threads']} threads".lower())
         for suffix, content in ((".json", json.dumps(result, indent=1) + "\n"), (".md", text)):

@@ -15,7 +15,7 @@ import statistics
 import sys
 from dataclasses import fields
 from functools import partial
-from itertools import compress, product
+from itertools import compress, pairwise, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -188,7 +188,7 @@ def load_checkpoint(path: Path, device: torch.device) -> tuple[nn.Module, dict]:
 
 
 def metrics(path: Path, args: argparse.Namespace) -> dict:
-    """A checkpoint's calibration, PGD, weight noise and redrawing, or accuracy under corruptions; writes it."""
+    """A checkpoint's calibration, PGD, weight noise and redrawing, or its accuracy under corruptions."""
     device = lure.pick_device(args.device)
     model, config = load_checkpoint(path, device)
     sizes = {key: config[key] for key in ("image_size", "limit", "limit_test", "shots")}
@@ -209,8 +209,10 @@ def metrics(path: Path, args: argparse.Namespace) -> dict:
 
 
 def clean_metrics(model, data: lure.Dataset, config: dict, epsilons, sigmas) -> dict:
-    """Test accuracy: clean, by confidence (ECE), under PGD-10 by ε, and right after redrawing by share; accuracy
-    on the training parts of the run's mega-batches by σ of weight noise."""
+    """Test accuracy: clean, by confidence (ECE), under PGD-10 by ε, after redrawing by criterion and share.
+
+    By σ of weight noise, the accuracy on what the run trained on: the training parts of its mega-batches.
+    """
     device, seed = next(model.parameters()).device, config["seed"]
     of_run = lure.Config(**{f.name: config[f.name] for f in fields(lure.Config)})
     train_y, stream = lure.draw_stream(of_run, data)
@@ -232,9 +234,7 @@ def clean_metrics(model, data: lure.Dataset, config: dict, epsilons, sigmas) -> 
     noisy = weight_noise_accuracy(model, train_x, train_y, sigmas, generator=generator)
     result["weight_noise"] = {f"{s:g}": a for s, a in zip(sigmas, noisy, strict=True)}
     drawn = torch.randperm(len(trained), generator=generator)[:1125]  # as many as the protocol's π
-    redrawn = redrawing_accuracy(
-        model, (train_x[drawn], train_y[drawn]), test_x, test_y, SHARES, generator
-    )
+    redrawn = redrawing_accuracy(model, (train_x[drawn], train_y[drawn]), test_x, test_y, SHARES, generator)
     return result | {
         "redrawing": {
             criterion: {f"{s:g}": a for s, a in zip(SHARES, by_share, strict=True)}
@@ -244,7 +244,9 @@ def clean_metrics(model, data: lure.Dataset, config: dict, epsilons, sigmas) -> 
 
 
 def summary(result: dict) -> str:
-    shown = {key: result[key] for key in ("accuracy", "ece", "pgd", "weight_noise", "redrawing") if key in result}
+    shown = {
+        key: result[key] for key in ("accuracy", "ece", "pgd", "weight_noise", "redrawing") if key in result
+    }
     return json.dumps(shown or {"mca": result["corruptions"]["mean"]})
 
 
@@ -381,8 +383,8 @@ def load_record(path: Path) -> dict:
 
 
 def forgetting_of(rows: list[dict]) -> dict:
-    """What forgetting did, as a mean over the times that it happened, where the record has it (newer ones do)."""
-    pairs = [(a, b) for a, b in zip(rows, rows[1:], strict=False) if a.get("forgotten")]
+    """What forgetting did, the mean over all times; of an old record, which lacks it, nothing."""
+    pairs = [(a, b) for a, b in pairwise(rows) if a.get("forgotten")]
     if not pairs:
         return {}
     of = {
@@ -731,13 +733,13 @@ def corruption_bars(figure, rows, published, others):
 
 def attack_and_noise(figure, rows, published, others):
     figure.set_size_inches(10, 4)
-    left, right = figure.subplots(1, 2, sharey=True) if others else (figure.subplots(), None)
+    left, *rest = figure.subplots(1, 1 + bool(others), sharey=True, squeeze=False)[0]
     left.set(xlabel="PGD-10: radius ε, in 1/255", ylabel="test accuracy, %")
     order = [*METHODS]
     for row in rows:
         samples = [row.values("totals", "test_accuracy"), *(row.values("pgd", f"{e}/255") for e in EPSILONS)]
         draw_line(left, [0, *EPSILONS], samples, order.index(row.method), label=row.label)
-    if others:
+    for right in rest:
         right.set(xlabel="label noise: probability that a label is redrawn")
     for method, group in by_method(others).items():
         x = [row.config["label_noise"] for row in group]
@@ -810,7 +812,7 @@ def cost(figure, rows, published, others):
 
 
 def forgetting(figure, rows, published, others):
-    """Accuracy around forgetting, by method; right after redrawing more or less; which tensors are redrawn."""
+    """Accuracy around forgetting; right after redrawing more or less; the shares of the tensors redrawn."""
     redrawn = [row for row in rows if row.method == "lure" and row.values("redrawing")][:1]
     masked = [row for row in rows if row.values("shares")]
     panels = figure.subplots(1, 1 + bool(redrawn) + bool(masked), squeeze=False)[0]
@@ -871,8 +873,9 @@ FIGURES = {  # its columns, and how it is drawn
 
 INTRODUCTION = """# Results
 
-Written by `make overview` from the reports in `paper`, `narrow`, `small` and `precision`, as far as they have been
-measured; the speed of the loop is in [`bench`](bench). Every run is a file, `SCALE/DATASET/ROW-SEED.json`.
+Written by `make overview` from the reports in `paper`, `narrow`, `small` and `precision`, as far as they have
+been measured; the speed of the loop is in [`bench`](bench). Every run is a file,
+`SCALE/DATASET/ROW-SEED.json`.
 
 ## The paper's claims
 

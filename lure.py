@@ -572,13 +572,12 @@ def run(config: Config, forget: Method = lure_) -> dict:
     After every mega-batch its state is saved beside `config.out`, from where the same call goes on. Under
     torch.distributed the processes train on a part of each batch, and the first alone reads and writes these.
 
-    `forget(model, pi, upcoming, fresh, generator)` changes the model in place between mega-batches and returns
-    a mask (True: kept) or None. `pi` is the sample π, (images, labels); `upcoming()` yields what comes to be
-    trained on as such pairs, one per mega-batch, the new one last (without replay: alone); images are float in
+    `forget(model, pi, upcoming, fresh, generator)` changes the model in place between mega-batches, returns a
+    mask (True: kept) or None. `pi` is the sample π, (images, labels); `upcoming()` yields what is trained on
+    next in such pairs, one per mega-batch, the new one last (without replay: alone); images are float in
     [0, 1], not augmented; `fresh()` builds a newly initialised network; `keep`, where it is a parameter, is
-    the configuration's. At one seed, data, order and start are the same for every `forget`. A row of the
-    record is a mega-batch: how it was learned, its metrics, and what was `forgotten` after it, the accuracy
-    and loss on the test set right after forgetting. ValueError for settings that cannot be,
+    the configuration's. At one seed, data, order and start are the same for every `forget`. `forgotten` in a
+    mega-batch's row is measured right after `forget`. ValueError for settings that cannot be,
     DataError for data, FloatingPointError for a loss that is not finite, OSError for a file that cannot be
     written.
     """
@@ -672,8 +671,8 @@ def run(config: Config, forget: Method = lure_) -> dict:
 
 # ------------------------------------------------------------ Checks, record, state
 def pick_device(name: str) -> torch.device:
-    """The device to run on, where float32 is float32 from now on. ValueError if there is none of that name."""
-    torch.backends.cudnn.allow_tf32 = False  # by default, convolutions round to 10 bits of mantissa
+    """The device to run on. From now on float32 is float32. ValueError if there is none of that name."""
+    torch.backends.cudnn.allow_tf32 = False  # which is the default and rounds to 10 bits of mantissa
     name = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
         if name == "cuda" and dist.is_initialized():
@@ -848,9 +847,13 @@ def main(argv=None, options=Config, method=lambda config: lure_) -> int:
         text = f"{f.metadata['help']}{choices}; default: {f.default}"
         parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=text, **kind)
 
+    def check(config):
+        method(config)
+        pick_device(config.device)
+
     def call():
         config = by_first(lambda: options(**vars(parser.parse_args(argv))))
-        by_first(lambda: (method(config), pick_device(config.device)) and None)  # what is wrong is told once
+        by_first(lambda: check(config))  # so that what is wrong is told once
         record = run(config, method(config))
         if ranks()[0] == 0:
             print(json.dumps(record["totals"]))

@@ -29,19 +29,50 @@ def test_the_benchmark_end_to_end(tmp_path, capsys, monkeypatch):
     # 33.8 PFLOP for 10.1 million passes at 32×32, and a sixteenth of that per pass at 8×8
     assert resnet18["gflop_per_image"] == pytest.approx(33.8e6 / 10.1e6 / 16, rel=0.03)
     for case in result["loops"]:
-        pairs = zip(case["plain"]["seconds"], case["ours"]["seconds"], strict=True)
-        ratios = [plain / ours for plain, ours in pairs]
-        assert len(ratios) == 2 and [case["ratio_low"], case["ratio_high"]] == [min(ratios), max(ratios)]
-        rates = (case[name]["images_per_second"] for name in ("ours", "plain"))
-        assert case["ratio"] == pytest.approx(next(rates) / next(rates))
-        for name in ("ours", "plain"):
-            rate = case["images"] / statistics.median(case[name]["seconds"])
-            assert case[name]["images_per_second"] == pytest.approx(rate)
-            assert case[name]["tflops"] == pytest.approx(rate * case["gflop_per_image"] / 1000)
-    assert resnet18["ours"]["ms_per_step"] == pytest.approx(
-        1000 * statistics.median(resnet18["ours"]["seconds"]) / 3  # 40 images are three steps
-    )
-    assert capsys.readouterr().out == bench.markdown(result) + "\n" == shown.read_text() + "\n"
+        assert [*case["loops"]] == [*bench.precisions(CPU), "plain"] and case["auto"] in case["loops"]
+        plain = case["loops"]["plain"]
+        for loop in case["loops"].values():
+            ratios = [b / a for a, b in zip(loop["seconds"], plain["seconds"], strict=True)]
+            assert len(ratios) == 2 and [loop["ratio_low"], loop["ratio_high"]] == [min(ratios), max(ratios)]
+            assert loop["ratio"] == pytest.approx(loop["images_per_second"] / plain["images_per_second"])
+            rate = case["images"] / statistics.median(loop["seconds"])
+            assert loop["images_per_second"] == pytest.approx(rate)
+            assert loop["tflops"] == pytest.approx(rate * case["gflop_per_image"] / 1000)
+            steps = -(-case["images"] // 16)
+            assert loop["ms_per_step"] == pytest.approx(1000 * statistics.median(loop["seconds"]) / steps)
+    printed = capsys.readouterr()
+    assert printed.out == bench.markdown(result) + "\n" == shown.read_text() + "\n"
+    assert "round 2 of 2" in printed.err and printed.err.count("\n") > 10
+    text = shown.read_text()
+    assert text.count(f"ours, {resnet18['auto']} (auto)") == 2 == text.count("(auto) |")
+    assert "| 32 |" in text and text.count("| small |") == 1
+
+
+@pytest.mark.parametrize(
+    ("has", "expected"),
+    [
+        ({}, ["float32"]),
+        ({"avx512_bf16": True, "cpu_name": "Intel(R) Xeon(R) Processor"}, ["bfloat16", "float32"]),
+        ({"amx_bf16": True}, ["bfloat16", "float32"]),
+    ],
+)
+def test_each_precision_that_the_processor_has_is_timed(has, expected, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    assert bench.precisions(CPU) == expected
+
+
+def test_by_default_the_loops_and_one_unlearning_are_measured(monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(bench, "compare", lambda *args: seen.append(args[:3]) or {})
+    monkeypatch.setattr(bench, "unlearning", lambda *args: seen.append(args[:2]) or {})
+    monkeypatch.setattr(bench, "matmul_tflops", lambda device: {})
+    monkeypatch.setattr(bench, "SECTIONS", {})
+    assert bench.main(["--device", "cpu"]) == 0
+    assert [(args[0].arch, *args[1:]) for args in seen] == [
+        ("resnet18", 192, 4),
+        ("small", 768, 4),
+        ("resnet18", 1125),
+    ]
 
 
 def test_a_wrong_call_is_one_line(capsys):

@@ -589,7 +589,9 @@ def test_metrics_of_a_checkpoint(folder, tmp_path, capsys):
     assert sum(found["reliability"]["count"]) == 60 and "corruptions" not in found
     everything = lure.load_dataset("digits", limit=120, limit_test=60)
     model, config = evaluate.load_checkpoint(folder / "lure-1.pt", torch.device("cpu"))
-    clean = evaluate.accuracy(model, everything.images.float() / 255, everything.labels)
+    _, stream = lure.draw_stream(lure.Config(limit=120, mega_batches=2), everything)
+    trained = torch.cat([batch.new for batch in stream])
+    clean = evaluate.accuracy(model, everything.images[trained] / 255, everything.labels[trained])
     assert found["weight_noise"]["0"] == pytest.approx(clean)
     assert config | {"set": []} == record["config"] | {"classes": list("0123456789")}
     assert "accuracy" in capsys.readouterr().out
@@ -649,3 +651,106 @@ def test_a_file_that_is_no_checkpoint_is_one_line(tmp_path, capsys, content):
     error = capsys.readouterr().err
     assert "x.pt: expected a checkpoint" in error and error.count("\n") == 1
     assert evaluate.main(["metrics", str(tmp_path / "none.pt")]) == 1
+
+
+def test_redrawing_accuracy_is_that_of_the_methods_and_the_model_is_put_back():
+    model, (images, labels) = network(1).eval(), pictures(60)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    pi, test, shares = (images[:30], labels[:30]), (images[30:], labels[30:]), [0.1, 0.5, 0.9]
+    found = evaluate.redrawing_accuracy(model, pi, *test, shares, torch.Generator().manual_seed(7))
+    assert list(found) == ["lure", "fisher", "magnitude", "random"]
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    generator = torch.Generator().manual_seed(7)
+    random = baselines.random_scores(model, generator)  # the first to be drawn
+    for criterion, accuracies in found.items():
+        for share, measured in zip(shares, accuracies, strict=True):
+            if criterion == "random":
+                mask = lure.top_k_mask(random, 1 - share)
+                lure.reinitialize_(model, mask, generator)
+            else:
+                baselines.METHODS[criterion](model, pi, None, None, generator, keep=1 - share)
+            assert measured == pytest.approx(evaluate.accuracy(model, *test))
+            model.load_state_dict(before)
+
+
+def test_weight_noise_is_measured_on_what_was_trained_on_and_pi_is_drawn_from_it(folder, monkeypatch):
+    calls = {}
+    for name in ("weight_noise_accuracy", "redrawing_accuracy"):
+        real = getattr(evaluate, name)
+        spy = lambda *args, real=real, name=name, **more: calls.update({name: args}) or real(*args, **more)  # noqa: E731
+        monkeypatch.setattr(evaluate, name, spy)
+    model, config = evaluate.load_checkpoint(folder / "lure-1.pt", torch.device("cpu"))
+    data = lure.load_dataset("digits", limit=120, limit_test=60)
+    config["label_noise"] = 0.5
+    evaluate.clean_metrics(model, data, config, [1], [0])
+    of_run = lure.Config(dataset="digits", limit=120, limit_test=60, mega_batches=2, label_noise=0.5)
+    labels, stream = lure.draw_stream(of_run, data)
+    trained = torch.cat([batch.new for batch in stream])
+    assert len(trained) == 108 and not torch.equal(labels, data.labels)
+    _, images, shown, _ = calls["weight_noise_accuracy"]
+    assert torch.equal(images, data.images[trained].float() / 255) and torch.equal(shown, labels[trained])
+    _, pi, test_images, *_ = calls["redrawing_accuracy"]
+    assert torch.equal(test_images, data.test_images.float() / 255)
+    assert sorted(pi[0].flatten(1).tolist()) == sorted(images.flatten(1).tolist())  # of fewer than 1125: all
+
+
+def test_forgetting_is_reported_around_each_forgetting_and_by_tensor(folder, tmp_path, capsys):
+    runs = copy(folder, tmp_path)
+    out = tmp_path / "forgetting.md"
+    for seed in (1, 2):
+        name = f"lure-{seed}.pt"
+        (runs / name).write_bytes((folder / name).read_bytes())
+        assert evaluate.main(["metrics", str(runs / name), "--epsilons", "--sigmas"]) == 0
+    text = evaluate.report(out, [runs / f"{m}-{s}.json" for m in ("warm-start", "lure") for s in (1, 2)])
+    head, _, warm, ours, shares_head, _, *shares = rows_of(text)
+    rows = [json.loads((runs / f"lure-{s}.json").read_text())["mega_batches"] for s in (1, 2)]
+    shown = [
+        [r[0]["test"]["accuracy"] for r in rows],
+        [r[0]["forgotten"]["accuracy"] for r in rows],
+        [r[1]["test"]["accuracy"] for r in rows],
+    ]
+    assert head[2:5] == ["Before, %", "Right after, %", "Relearned, %"]
+    assert ours[2:5] == [evaluate.spread(values) for values in shown]
+    assert warm[2] == warm[3]  # nothing was forgotten
+    assert shares_head == ["Redrawn of, %", "LURE"]
+    by_tensor = [[100 * r[0]["redrawn_by_tensor"]["layer4.1.conv1.weight"] for r in rows]]
+    assert ["layer4.1.conv1", *(evaluate.spread(values, 1) for values in by_tensor)] in shares
+    assert len(shares) == len(rows[0][0]["redrawn_by_tensor"])
+    figure = Figure()
+    evaluate.forgetting(figure, evaluate.load_rows([*runs.glob("*-?.json")]), [], [])
+    assert len(figure.axes) == 3
+    redrawn = json.loads((runs / "lure-1.metrics.json").read_text())["redrawing"]
+    lines = [line for line in figure.axes[1].get_lines() if line.get_linestyle() != "None"]
+    assert list(lines[0].get_xdata()) == [0, 5, 10, 20, 40, 60, 80] and len(lines) == 4
+    both = [json.loads((runs / f"lure-{s}.metrics.json").read_text())["redrawing"] for s in (1, 2)]
+    mean = sum(r["random"]["0.8"] for r in both) / 2
+    assert lines[3].get_ydata()[-1] == pytest.approx(mean) and set(redrawn) == set(evaluate.CRITERIA)
+    path = runs / "warm-start-1.json"  # an old record does not say what was forgotten
+    record = json.loads(path.read_text())
+    for row in record["mega_batches"]:
+        del row["forgotten"], row["redrawn_by_tensor"]
+    path.write_text(json.dumps(record))
+    text = evaluate.report(out, [path, runs / "lure-1.json"])
+    assert "Not measured: `warm-start-1`." in text
+    with pytest.raises(lure.DataError, match=r"warm-start-1.json: expected a record that says what was forg"):
+        evaluate.report(out, [path])
+
+
+def test_an_incomplete_report_renders_what_is_there_and_names_what_is_not(folder, tmp_path, capsys):
+    runs, out = copy(folder, tmp_path), tmp_path / "table3.md"
+    files = [str(runs / f"{m}-{s}.json") for m in ("warm-start", "lure", "fire") for s in (1, 2)]
+    (runs / "lure-2.json").unlink()
+    assert evaluate.main(["report", "--out", str(out), *files]) == 1
+    assert "lure-2.json" in capsys.readouterr().err and not out.exists()
+    assert evaluate.main(["report", "--incomplete", "--out", str(out), *files]) == 0
+    text = out.read_text()
+    assert [row[:2] for row in rows_of(text)[2:4]] == [["Warm start", "2 †"], ["LURE", "1 †"]]
+    assert "\nNot measured: `lure-2`, `fire-1`, `fire-2`.\n" in text
+    assert (tmp_path / "table3-digits.png").exists()
+    out.unlink()
+    assert evaluate.main(["report", "--incomplete", "--out", str(out), files[-1]]) == 0
+    figure4 = tmp_path / "figure4.md"  # the runs are there, what it shows of them is not
+    assert evaluate.main(["report", "--incomplete", "--out", str(figure4), *files]) == 0
+    told = capsys.readouterr().out
+    assert "nothing has been measured yet for table3" in told and "for figure4" in told
+    assert not out.exists() and not figure4.exists()

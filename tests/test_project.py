@@ -349,13 +349,29 @@ def test_the_narrow_scale_runs_the_papers_protocol_with_a_narrow_network(checkou
     assert len(planned(checkout, "reproduce", "SCALE=narrow", "DATA=x")[0]) == 33 + 12 + 18
 
 
+def test_make_reports_shows_what_is_there_and_starts_nothing(checkout):
+    runs = checkout / "out" / "cifar10-jpeg"
+    runs.mkdir(parents=True)
+    shutil.copy(ROOT / "results" / "small" / "cifar10-jpeg" / "lure+replay=none-1.json", runs)
+    words = ["reports", "SCALE=small", "OUT=out", "DATA=cifar10-jpeg", "TABLES="]
+    done = make(checkout, *words)
+    assert done.returncode == 0, done.stderr
+    assert "Not measured: `warm-start+replay=none-1`, " in (checkout / "out" / "table3.md").read_text()
+    assert "nothing has been measured yet for table4" in done.stdout
+    assert sorted(path.name for path in (checkout / "out").glob("*.md")) == ["table3.md"]
+    assert [path.name for path in runs.iterdir()] == ["lure+replay=none-1.json"]
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
         (["reproduce-table2", "SCALE=small"], "DATA: expected DATA=<folder with train/<class>/ and"),
         (["reproduce-table5"], "IMAGENET: expected IMAGENET=<folder with train/ and val/>"),
         (["reproduce-figure2", "DATASETS=digits"], "CIFAR10C: expected CIFAR10C=<folder of CIFAR-10-C>"),
-        (["reproduce-table4", "SCALE=narrow"], "reproduce-table4: SCALE=narrow does not have it, only table3"),
+        (
+            ["reproduce-table4", "SCALE=narrow"],
+            "reproduce-table4: SCALE=narrow does not have it, only table3",
+        ),
         (["reproduce-table1", "SCALE=large"], "SCALE: expected paper, small or narrow"),
     ],
 )
