@@ -1,0 +1,259 @@
+"""The paper's tables and figures as data, at every scale, and the Make rules of what is missing of them.
+
+    python -m experiments.tables table3 --scale narrow --data photos/cifar10-jpeg | make -f - -j2 all
+
+A table is a list of rows, "METHOD OPTION=VALUE ...": a method of baselines.py and what differs from the options
+of the scale. A run is a file, OUT/DATASET/ROW-SEED.json; tables with the same row share it. Only the standard
+library is needed, so that `make -n` lists the runs where nothing is installed.
+"""
+
+import argparse
+import os
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Table(NamedTuple):
+    methods: tuple = ()  # each of them, or of those asked for,
+    options: tuple = ("",)  # with each of these
+    besides: tuple = ()  # and these rows
+
+
+def with_each(options: str, more: tuple) -> tuple:
+    return tuple(f"{options} {o}".strip() for o in more)
+
+
+PAPER = ("warm-start", "llf", "sp", "lure")
+COMPARED = (*PAPER, "scratch", "rifle", "dash", "fire")
+CRITERIA = ("warm-start", "fisher", "magnitude", "lure", "random")
+SHARES = ("warm-start", "lure keep=0.95", "lure keep=0.9", "lure", "lure keep=0.7", "lure keep=0.6")
+RECIPES = ("", "select=best-val", "gamma=1", "gamma=1 select=best-val")
+NOISE = ("", "label-noise=0.2", "label-noise=0.4")
+
+
+def scale(four: str, buffer: str, long, shots, archs, rates, epochs, besides: tuple, compared: tuple) -> dict:
+    """All tables; those in which 8 mega-batches are not needed have `four`."""
+    metrics = Table(COMPARED)
+    noisy = Table(PAPER, with_each(four, NOISE))
+    return {
+        "table1": Table(COMPARED, besides=besides),
+        "table2": Table(COMPARED, (buffer,)),
+        "table3": Table(COMPARED, ("replay=none",)),
+        "table4": Table(PAPER, long),
+        "table5": Table(PAPER, shots),
+        "table6": Table(compared, archs),
+        "table7": Table(besides=SHARES),
+        "table8": Table(CRITERIA, (four,)),
+        "table9": noisy,
+        "figure2": metrics,
+        "figure3": metrics,  # and table9
+        "figure4": metrics,
+        "figure5": metrics,
+        "figure6": Table(compared, with_each(four, rates)),
+        "where-from": Table(("warm-start", "lure", "random", "scratch"), with_each(four, RECIPES)),
+        "cost": Table(("warm-start", "lure", "sp", "scratch"), with_each(four, epochs)),
+        "forgetting": Table(COMPARED, besides=("fisher", "magnitude", "random")),
+    }
+
+
+# The paper's grid of rates is not printed, but for the rate 0.005 with the decay 0.001.
+GRID = [f"{lr} {decay}".strip() for decay in ("", "weight-decay=0.0005", "weight-decay=0.001") for lr in
+        ("", "lr=0.05", "lr=0.01", "lr=0.005")]  # fmt: skip
+PAPERS = scale(
+    four="mega-batches=4",
+    buffer="replay=buffer",
+    long=("mega-batches=25", "mega-batches=50", "mega-batches=100"),
+    shots=with_each("arch=resnet50 shots=270", ("mega-batches=30", "mega-batches=70")),
+    archs=with_each("mega-batches=4", ("", "arch=resnet50", "arch=wide_resnet50_2", "arch=vgg16_bn")),
+    rates=GRID,
+    epochs=("epochs=5", "epochs=10", "epochs=20", ""),
+    besides=("warm-start gamma=1",),
+    compared=PAPER,
+)
+# What two CPU cores do in two or three hours. The sizes are such that epochs end with whole batches: of 284 images 28
+# are for validation and 256 are four batches; 275 less 28, and 8 from the buffer, are four but for one.
+SMALL = scale(
+    four="mega-batches=4 limit=1136",
+    buffer="replay=buffer buffer-size=8 limit=2200",
+    long=("limit=1420 mega-batches=10", "limit=1420 mega-batches=20"),
+    shots=("shots=27 epochs=20 mega-batches=5", "shots=27 epochs=20 mega-batches=10"),
+    archs=with_each("mega-batches=4 limit=568 image-size=16", tuple(
+        f"arch={arch}" for arch in ("resnet18", "resnet50", "wide_resnet50_2", "vgg16_bn"))),
+    rates=("", "weight-decay=0.001", "lr=0.005", "lr=0.005 weight-decay=0.001"),
+    epochs=("epochs=5", "", "epochs=20"),
+    besides=("warm-start gamma=1", "warm-start precision=float32"),
+    compared=("warm-start", "lure"),
+)  # fmt: skip
+# The paper's protocol but for the width of the network. A run takes an hour, so those that decide come first.
+SIX = ("warm-start", "warm-start gamma=1", "lure", "llf", "sp", "scratch")
+NONE = Table((*SIX, "lure gamma=1", "random", "rifle", "dash", "fire"), ("replay=none",))
+NARROW = {
+    "table3": NONE,
+    "table1": Table(("warm-start", "lure", "warm-start gamma=1", "scratch")),
+    "table2": Table(SIX, ("replay=buffer",)),
+    "where-from": Table(("warm-start", "warm-start gamma=1", "lure", "lure gamma=1"), ("replay=none",)),
+    **dict.fromkeys(("forgetting", "figure2", "figure3", "figure4", "figure5"), NONE),
+}
+SCALES = {"paper": PAPERS, "small": SMALL, "narrow": NARROW}
+SCALES |= {"demo": {"demo": Table(COMPARED), "forgetting": PAPERS["forgetting"]}}
+SCALES |= {"precision": {"precision": Table(besides=("warm-start", "warm-start precision=float32"))}}
+BASE = {
+    "paper": "",
+    "small": "arch=small precision=bfloat16 limit=2272 limit-test=2000 epochs=10",
+    "narrow": "arch=small precision=float32",
+    "demo": "image-size=16 arch=small mega-batches=4 epochs=10",
+    "precision": "precision=bfloat16 mega-batches=4 limit=1136 limit-test=1000 epochs=10",
+}
+ONE_SEED = {("small", "table4"), ("small", "table6"), ("small", "figure6"), ("small", "cost")}
+ONE_SEED |= {("demo", "demo"), ("demo", "forgetting")}
+KNOWN = ("digits", "cifar10", "cifar100", "restricted-imagenet")  # any other data set is a folder
+
+
+class Run(NamedTuple):
+    row: str  # "METHOD OPTION=VALUE ..."
+    dataset: str
+    seed: str
+
+    def path(self, out: str) -> str:
+        """Of its record; its checkpoint and what is measured of it lie beside."""
+        return f"{out}/{self.dataset}/{self.row.replace(' ', '+')}-{self.seed}.json"
+
+
+def planned(name: str, asked: argparse.Namespace) -> list[Run]:
+    """The runs of a table, seed by seed, each row for each data set before the next seed."""
+    table = SCALES[asked.scale][name]
+    methods = [method.replace("+", " ") for method in asked.methods]
+    if table.methods:
+        rows = [f"{m} {o}".strip() for o in table.options for m in methods or table.methods]
+        rows += () if methods else table.besides
+    else:
+        rows = [row for row in table.besides if not methods or row.split()[0] in methods]
+    seeds = asked.seeds or (["1"] if (asked.scale, name) in ONE_SEED else ["1", "2", "3"])
+    runs = [Run(row, d, seed) for seed in seeds for d in datasets(name, asked) for row in rows]
+    return runs + (planned("table9", asked) if name == "figure3" and "table9" in SCALES[asked.scale] else [])
+
+
+def datasets(name: str, asked: argparse.Namespace) -> list[str]:
+    if asked.datasets:
+        return asked.datasets
+    if asked.scale != "paper":
+        return ["digits"] if asked.scale == "demo" else [Path(asked.data or "DATA").resolve().name]
+    if name in ("table1", "table2", "table3"):
+        return ["cifar10", "cifar100", *["restricted-imagenet"] * bool(asked.imagenet)]
+    return ["restricted-imagenet" if name == "table5" else "cifar10"]
+
+
+def where(dataset: str, asked: argparse.Namespace) -> tuple[str, str]:
+    """The data set as --dataset names it, and the folder that it is in."""
+    by_name = dataset in KNOWN and (asked.datasets or asked.scale in ("paper", "demo"))
+    if dataset == "restricted-imagenet" and by_name:
+        return dataset, asked.imagenet or "IMAGENET"
+    return (dataset, asked.data or "data") if by_name else ("folder", asked.data or "DATA")
+
+
+def command(run: Run, asked: argparse.Namespace) -> str:
+    method, *options = run.row.split()
+    name, folder = where(run.dataset, asked)
+    three = ["mega-batches=3"] * (name == "restricted-imagenet")
+    words = [f"--dataset {name} --data {shlex.quote(folder)}"]
+    words += [f"--{option.replace('=', ' ')}" for option in (*three, *BASE[asked.scale].split())]
+    words += [f"--method {method}", *(f"--{option}" for option in options), f"--seed {run.seed}"]
+    path = run.path(asked.out)
+    return " ".join([*words, *asked.args, "--out", path, "--checkpoint", path.replace(".json", ".pt")])
+
+
+def measured(name: str, runs: list[Run]) -> dict[Run, str]:
+    """What a table shows of its runs besides their records: the ending of the file that it is measured into."""
+    if name == "figure2":
+        return dict.fromkeys(runs, ".corruptions.json")
+    if name == "forgetting":
+        runs = [run for run in runs if run.row in ("lure", "lure replay=none")]
+    elif name not in ("figure3", "figure4", "figure5"):
+        return {}
+    return {run: ".metrics.json" for run in runs if not re.search("mega-batches|label-noise", run.row)}
+
+
+def needed(tables: list[str], runs: dict, missing: list[str], asked: argparse.Namespace) -> list[str]:
+    """The lines of a shell that says in one line what was not given, or loads each data set once, before the runs."""
+    coming = {d: where(d, asked) for d in dict.fromkeys(run.dataset for run in runs)}
+    lack = []
+    if not asked.data and "folder" in (name for name, _ in coming.values()):
+        lack.append("DATA: expected DATA=<folder with train/<class>/ and test/<class>/ of images>")
+    if not asked.imagenet and "restricted-imagenet" in (name for name, _ in coming.values()):
+        lack.append("IMAGENET: expected IMAGENET=<folder with train/ and val/>")
+    if not asked.cifar10c and any(path.endswith(".corruptions.json") for path in missing):
+        lack.append("CIFAR10C: expected CIFAR10C=<folder of CIFAR-10-C>")
+    if lack:
+        return [f"@echo {shlex.quote(lack[0])} >&2; exit 2"]
+    sizes = {"0", *re.findall(r"image-size=(\d+)", " ".join(run.row for run in runs))}
+    load = "import sys, lure; sys.exit(lure.guarded(sys.argv[2], lambda: lure.load_dataset(*sys.argv[1:3], '.cache', "
+    return [
+        f'{asked.python} -c "{load}{size})))" {name} {shlex.quote(folder)}'
+        for name, folder in coming.values() if name != "digits" for size in sorted(sizes)
+    ]  # fmt: skip
+
+
+def rules(tables: list[str], asked: argparse.Namespace) -> str:
+    """A makefile: `all` renders the tables, after what is missing of their runs and measurements."""
+    plans = {name: planned(name, asked) for name in tables}
+    paths = {run: run.path(asked.out) for runs in plans.values() for run in runs}
+    also = {
+        path.replace(".json", ending): path.replace(".json", ".pt")
+        for name, runs in plans.items()
+        for path, ending in ((paths[run], e) for run, e in measured(name, runs).items())
+    }
+    missing = [path for path in (*paths.values(), *also) if not os.path.exists(path)]
+    threads = f"OMP_NUM_THREADS={max(1, (os.cpu_count() or 1) // asked.jobs)}"
+    rule = {"prepare": ("", needed(tables, paths, missing, asked))}
+    for run, path in paths.items():
+        call = f"{threads} {asked.python} baselines.py {command(run, asked)}"
+        rule[path] = ("prepare", [call])
+        # A record may be there without its checkpoint, which is not kept in git: then the run is made again.
+        rule[path.replace(".json", ".pt")] = (path, [f"[ -e $@ ] || {call}"])
+    for path, checkpoint in also.items():
+        corruptions = f" --corruptions {shlex.quote(asked.cifar10c or 'CIFAR10C')}"
+        more = corruptions if path.endswith(".corruptions.json") else ""
+        rule[path] = (checkpoint, [f"{threads} {asked.python} evaluate.py metrics{more} {checkpoint}"])
+    reports = [
+        f"{asked.python} evaluate.py report{' --incomplete' * asked.incomplete} --out {asked.out}/{name}.md "
+        + " ".join(paths[run] for run in runs)
+        for name, runs in plans.items()
+    ]
+    missing = [] if asked.incomplete else missing
+    rule["all"] = (" ".join(missing), reports)
+    lines = ["equals := =", ".PHONY: all prepare"]
+    for path, (before, recipe) in rule.items():
+        if path.endswith(".pt") or path in missing or path in ("all", "prepare"):
+            head = f"{path}: | {before}".replace("=", "$(equals)")  # else Make would take it for an assignment
+            lines += [head, *(f"\t{line}" for line in recipe)]
+    return "\n".join(lines) + "\n"
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(prog="tables.py", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("tables", nargs="+", help="their names, or all")
+    parser.add_argument("--scale", default="paper")
+    for name in ("out", "data", "imagenet", "cifar10c"):
+        parser.add_argument(f"--{name}", default="")
+    for name in ("datasets", "methods", "seeds", "args"):
+        parser.add_argument(f"--{name}", type=str.split, default=[])
+    parser.add_argument("--jobs", type=int, default=1, help="how many runs at once")
+    parser.add_argument("--python", default=sys.executable)
+    parser.add_argument("--incomplete", action="store_true", help="render what is there, run nothing")
+    asked = parser.parse_args(argv)
+    if asked.scale not in SCALES:
+        parser.exit(2, f"SCALE: expected paper, small or narrow, not {asked.scale}\n")
+    there = SCALES[asked.scale]
+    tables = list(there) if asked.tables == ["all"] else asked.tables
+    if unknown := [name for name in tables if name not in there]:
+        parser.exit(2, f"{unknown[0]}: SCALE={asked.scale} does not have it, only {', '.join(there)}\n")
+    asked.out = asked.out or ("demo" if asked.scale == "demo" else f"results/{asked.scale}")
+    print(rules(tables, asked), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
