@@ -50,7 +50,7 @@ reproduce: $(READY)  ## all tables and figures of SCALE= (paper, small or narrow
 reports: $(READY)  ## the same from the runs that are there; starts none
 	$(call plan,all --incomplete)
 overview: $(READY)  ## results/README.md, from all tables and figures that are there
-	$(PYTHON) evaluate.py overview results
+	$(PYTHON) -m experiments.report overview
 
 test: $(READY)  ## the test-suite
 	$(PYTHON) -m pytest -q $(ARGS) tests

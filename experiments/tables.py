@@ -2,9 +2,9 @@
 
     python -m experiments.tables table3 --scale narrow --data photos/cifar10-jpeg | make -f - -j2 all
 
-A table is a list of rows, "METHOD OPTION=VALUE ...": a method of baselines.py and what differs from the options
-of the scale. A run is a file, OUT/DATASET/ROW-SEED.json; tables with the same row share it. Only the standard
-library is needed, so that `make -n` lists the runs where nothing is installed.
+A table is a list of rows, "METHOD OPTION=VALUE ...": a method of baselines.py and what differs from the
+options of the scale. A run is a file, OUT/DATASET/ROW-SEED.json; tables with the same row share it. Only the
+standard library is needed, so that `make -n` lists the runs where nothing is installed.
 """
 
 import argparse
@@ -73,8 +73,8 @@ PAPERS = scale(
     besides=("warm-start gamma=1",),
     compared=PAPER,
 )
-# What two CPU cores do in two or three hours. The sizes are such that epochs end with whole batches: of 284 images 28
-# are for validation and 256 are four batches; 275 less 28, and 8 from the buffer, are four but for one.
+# What two CPU cores do in two or three hours. The sizes are such that epochs end with whole batches: of 284
+# images 28 are for validation and 256 are four batches; 275 less 28, and 8 from the buffer, are four but one.
 SMALL = scale(
     four="mega-batches=4 limit=1136",
     buffer="replay=buffer buffer-size=8 limit=2200",
@@ -166,7 +166,7 @@ def command(run: Run, asked: argparse.Namespace) -> str:
 
 
 def measured(name: str, runs: list[Run]) -> dict[Run, str]:
-    """What a table shows of its runs besides their records: the ending of the file that it is measured into."""
+    """The runs of which a table shows more than their records: the ending of the file that it is in."""
     if name == "figure2":
         return dict.fromkeys(runs, ".corruptions.json")
     if name == "forgetting":
@@ -177,7 +177,7 @@ def measured(name: str, runs: list[Run]) -> dict[Run, str]:
 
 
 def needed(tables: list[str], runs: dict, missing: list[str], asked: argparse.Namespace) -> list[str]:
-    """The lines of a shell that says in one line what was not given, or loads each data set once, before the runs."""
+    """Before the runs: the shell's lines that say what was not given, or load each data set once."""
     coming = {d: where(d, asked) for d in dict.fromkeys(run.dataset for run in runs)}
     lack = []
     if not asked.data and "folder" in (name for name, _ in coming.values()):
@@ -189,11 +189,12 @@ def needed(tables: list[str], runs: dict, missing: list[str], asked: argparse.Na
     if lack:
         return [f"@echo {shlex.quote(lack[0])} >&2; exit 2"]
     sizes = {"0", *re.findall(r"image-size=(\d+)", " ".join(run.row for run in runs))}
-    load = "import sys, lure; sys.exit(lure.guarded(sys.argv[2], lambda: lure.load_dataset(*sys.argv[1:3], '.cache', "
+    load = "sys.exit(lure.guarded(sys.argv[2], lambda: lure.load_dataset(*sys.argv[1:4], int(sys.argv[4]))))"
+    call = f"{asked.python} -c {shlex.quote(f'import sys, lure; {load}')}"
+    places = [place for place in coming.values() if place[0] != "digits"]
     return [
-        f'{asked.python} -c "{load}{size})))" {name} {shlex.quote(folder)}'
-        for name, folder in coming.values() if name != "digits" for size in sorted(sizes)
-    ]  # fmt: skip
+        f"{call} {n} {shlex.quote(folder)} .cache {size}" for n, folder in places for size in sorted(sizes)
+    ]
 
 
 def rules(tables: list[str], asked: argparse.Namespace) -> str:
@@ -216,26 +217,25 @@ def rules(tables: list[str], asked: argparse.Namespace) -> str:
     for path, checkpoint in also.items():
         corruptions = f" --corruptions {shlex.quote(asked.cifar10c or 'CIFAR10C')}"
         more = corruptions if path.endswith(".corruptions.json") else ""
-        rule[path] = (checkpoint, [f"{threads} {asked.python} evaluate.py metrics{more} {checkpoint}"])
-    reports = [
-        f"{asked.python} evaluate.py report{' --incomplete' * asked.incomplete} --out {asked.out}/{name}.md "
-        + " ".join(paths[run] for run in runs)
-        for name, runs in plans.items()
-    ]
+        rule[path] = (checkpoint, [f"{threads} {asked.python} evaluate.py{more} {checkpoint}"])
+    reports = [f"{asked.python} -m experiments.report {' '.join(map(shlex.quote, asked.words))}"]
     missing = [] if asked.incomplete else missing
     rule["all"] = (" ".join(missing), reports)
     lines = ["equals := =", ".PHONY: all prepare"]
     for path, (before, recipe) in rule.items():
         if path.endswith(".pt") or path in missing or path in ("all", "prepare"):
-            head = f"{path}: | {before}".replace("=", "$(equals)")  # else Make would take it for an assignment
+            head = f"{path}: | {before}".replace(
+                "=", "$(equals)"
+            )  # else Make would take it for an assignment
             lines += [head, *(f"\t{line}" for line in recipe)]
     return "\n".join(lines) + "\n"
 
 
-def main(argv=None) -> int:
+def arguments(words: list[str]) -> argparse.Namespace:
+    """What is asked for, on the command line. Ends with one line and status 2 if there is no such thing."""
     parser = argparse.ArgumentParser(prog="tables.py", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("tables", nargs="+", help="their names, or all")
-    parser.add_argument("--scale", default="paper")
+    parser.add_argument("--scale", default="paper", help=", ".join(SCALES))
     for name in ("out", "data", "imagenet", "cifar10c"):
         parser.add_argument(f"--{name}", default="")
     for name in ("datasets", "methods", "seeds", "args"):
@@ -243,17 +243,18 @@ def main(argv=None) -> int:
     parser.add_argument("--jobs", type=int, default=1, help="how many runs at once")
     parser.add_argument("--python", default=sys.executable)
     parser.add_argument("--incomplete", action="store_true", help="render what is there, run nothing")
-    asked = parser.parse_args(argv)
+    asked = parser.parse_args(words)
     if asked.scale not in SCALES:
         parser.exit(2, f"SCALE: expected paper, small or narrow, not {asked.scale}\n")
     there = SCALES[asked.scale]
-    tables = list(there) if asked.tables == ["all"] else asked.tables
-    if unknown := [name for name in tables if name not in there]:
+    asked.tables = list(there) if asked.tables == ["all"] else asked.tables
+    if unknown := [name for name in asked.tables if name not in there]:
         parser.exit(2, f"{unknown[0]}: SCALE={asked.scale} does not have it, only {', '.join(there)}\n")
     asked.out = asked.out or ("demo" if asked.scale == "demo" else f"results/{asked.scale}")
-    print(rules(tables, asked), end="")
-    return 0
+    asked.words = words
+    return asked
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    asked = arguments(sys.argv[1:])
+    print(rules(asked.tables, asked), end="")

@@ -15,8 +15,8 @@ import torch
 
 import baselines
 import bench
-import evaluate
 import lure
+from experiments import report, tables
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--dataset", "digits", "--arch", "small", "--limit", "120", "--limit-test", "60"]
@@ -252,13 +252,29 @@ def test_make_measures_checkpoints_and_makes_them_again_where_they_are_gone(chec
     assert json.loads(measured.read_text())["ece"] == before
 
 
+def test_every_row_is_of_a_method_and_options_that_there_are():
+    options = {f.name.replace("_", "-"): f for f in fields(baselines.Config)}
+    for scale, there in tables.SCALES.items():
+        asked = tables.arguments(["all", "--scale", scale])
+        rows = {run.row for name in there for run in tables.planned(name, asked)}
+        for row in {*rows, f"lure {tables.BASE[scale]}"}:
+            method, *pairs = row.split()
+            given = {
+                key.replace("-", "_"): value for key, _, value in (pair.partition("=") for pair in pairs)
+            }
+            typed = {k: type(options[k.replace("_", "-")].default)(v) for k, v in given.items()}
+            baselines.Config(method=method, **typed)
+    assert {*tables.COMPARED, "fisher", "magnitude", "random"} == set(baselines.METHODS)
+
+
 def test_make_names_the_runs_of_every_table_without_data(checkout):
     for scale in ("paper", "small"):
         for target in TARGETS:
             runs, text = planned(checkout, target, f"SCALE={scale}")
             assert runs and all("--seed" in line and "--checkpoint" in line for line in runs.values())
             where = "precision" if target == "precision" else scale
-            assert f"--out results/{where}/{target.removeprefix('reproduce-')}.md" in text
+            assert f"-m experiments.report {target.removeprefix('reproduce-')} --jobs 1" in text
+            assert all(f"--out results/{where}/" in line for line in runs.values())
 
 
 def test_the_runs_at_the_papers_protocol(checkout):
@@ -387,11 +403,11 @@ def test_the_papers_claims_are_about_runs_that_there_are():
     paper = json.loads((ROOT / "results" / "paper.json").read_text())
     options = {f.name for f in fields(baselines.Config)}
     for claim in paper["claims"]:
-        assert claim["table"] in evaluate.SUBJECTS and isinstance(claim["higher"], bool)
+        assert claim["table"] in report.SUBJECTS and isinstance(claim["higher"], bool)
         for side in (claim["better"], claim["than"]):
             methods = side["method"] if isinstance(side["method"], list) else [side["method"]]
             assert set(methods) <= set(baselines.METHODS) and side.keys() <= options
-    assert {name for name in evaluate.SUBJECTS if name[-1].isdigit()} == {c["table"] for c in paper["claims"]}
+    assert {name for name in report.SUBJECTS if name[-1].isdigit()} == {c["table"] for c in paper["claims"]}
     numbers = {"dataset", "test_acc", "std", "cer", "gap", "mca"}
     for printed in paper["tables"].values():
         assert all(
@@ -411,34 +427,36 @@ def test_the_snippets_of_the_readme_work_as_pasted(tmp_path):
 
 
 def test_reports_are_what_their_runs_say(tmp_path, monkeypatch):
-    names = {name: (columns, None) for name, (columns, _) in evaluate.FIGURES.items()}  # without drawing
-    monkeypatch.setattr(evaluate, "FIGURES", names)
-    words = ["-n", "reproduce", "precision", "SCALE=small", "DATA=cifar10-jpeg"]
-    reports = re.findall(r"evaluate.py report --out (\S+) (.*)", make(ROOT, *words).stdout)
-    there = (path for scale in ("small", "precision") for path in (ROOT / "results" / scale).glob("*.md"))
-    assert {out for out, _ in reports} == {str(path.relative_to(ROOT)) for path in there}
-    for out, files in reports:
-        written = (tmp_path / out).resolve()
-        text = evaluate.report(written, [ROOT / file for file in files.split()])
-        assert text == (ROOT / out).read_text(), out
+    monkeypatch.setattr(report, "FIGURES", {})  # without drawing
+    monkeypatch.chdir(ROOT)
+    there = {path for scale in ("small", "precision") for path in (ROOT / "results" / scale).glob("*.md")}
+    for scale in ("small", "precision"):
+        asked = tables.arguments(["all", "--scale", scale, "--data", "cifar10-jpeg"])
+        for name in asked.tables:
+            committed = ROOT / asked.out / f"{name}.md"
+            runs = [(run.row, Path(run.path(asked.out))) for run in tables.planned(name, asked)]
+            text = report.report(tmp_path / scale / f"{name}.md", runs)
+            assert text == committed.read_text(), committed
+            there.remove(committed)
+    assert not there
 
 
 def test_the_overview_and_the_readme_show_what_the_reports_say(tmp_path):
     shutil.copytree(ROOT / "results", tmp_path / "results")
-    overview = evaluate.overview(tmp_path / "results")
+    overview = report.overview(tmp_path / "results")
     assert overview == (ROOT / "results" / "README.md").read_text()
     for path in re.findall(r"\]\(([^)]+)\)", overview):
         assert (ROOT / "results" / path).exists(), path
-    claims = overview.split(evaluate.CLAIMS)[1].split("\n\n")[0]
+    claims = overview.split(report.CLAIMS)[1].split("\n\n")[0]
     assert claims and claims in README
-    for report in ("small/table1.md", "precision/precision.md"):
-        table = (ROOT / "results" / report).read_text().split(f"\n{evaluate.CLAIMS}")[0].split("\n\n", 1)[1]
+    for name in ("small/table1.md", "precision/precision.md"):
+        table = (ROOT / "results" / name).read_text().split(f"\n{report.CLAIMS}")[0].split("\n\n", 1)[1]
         assert table in README
 
 
 def test_an_overview_of_nothing_is_refused(tmp_path):
     with pytest.raises(lure.DataError, match="found none"):
-        evaluate.overview(tmp_path / "nowhere")
+        report.overview(tmp_path / "nowhere")
     assert not list(tmp_path.iterdir())
 
 

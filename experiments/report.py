@@ -1,0 +1,298 @@
+"""The tables of runs beside the paper's, with their figures and the paper's claims, and the overview of all.
+
+python -m experiments.report table3 --scale small --data photos/cifar10-jpeg    # what make ends with
+python -m experiments.report overview                                           # results/README.md
+"""
+
+import json
+import re
+import sys
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import lure
+from evaluate import EPSILONS, SIGMAS
+from experiments import tables
+from experiments.claims import is_of, paired, spread, verdict, with_interval
+from experiments.figures import FIGURES
+from experiments.rows import NAMES, Row, load_rows, split_measured
+from lure import DataError
+
+RESULTS = Path(__file__).parent.parent / "results"
+TITLES = {"cifar10": "CIFAR-10", "cifar10-jpeg": "CIFAR-10 (JPEG copy)", "cifar100": "CIFAR-100"}
+TITLES |= {"restricted-imagenet": "Restricted ImageNet", "digits": "Digits"}
+SUBJECTS = {
+    "table1": "full replay",
+    "table2": "buffered replay",
+    "table3": "no replay",
+    "table4": "long sequences",
+    "table5": "few-shot",
+    "table6": "architectures",
+    "table7": "share of the weights that is kept",
+    "table8": "criterion of importance",
+    "table9": "noisy labels",
+    "figure2": "corruptions",
+    "figure3": "attack by PGD-10, and noisy labels",
+    "figure4": "reliability and calibration error",
+    "figure5": "noise on the weights",
+    "figure6": "learning rate and weight decay",
+    "where-from": "method, schedule or choice of the epoch",
+    "cost": "accuracy and errors against image passes",
+    "forgetting": "accuracy before and right after forgetting, and after relearning",
+    "precision": "of training",
+    "demo": "all methods",
+}
+
+
+class Column(NamedTuple):
+    title: str
+    path: tuple
+    digits: int = 2
+    printed: str = ""  # the paper's, in paper.json
+    paired: bool = False  # with the differences to warm start
+
+
+MAIN = [
+    Column("Test accuracy, %", ("totals", "test_accuracy"), printed="test_acc", paired=True),
+    Column("CER", ("totals", "cer"), 0, printed="cer"),
+    Column("Gap, points", ("totals", "generalization_gap"), printed="gap"),
+    Column("ECE, %", ("totals", "ece")),
+    Column("Image passes", ("totals", "image_passes"), 0),
+    Column("Training, s", ("totals", "seconds"), 0),
+]
+
+
+ATTACKS = [Column(f"At ε = {e}/255, %", ("pgd", f"{e}/255"), paired=e == 2) for e in EPSILONS]
+NOISES = [Column("Without noise, %", ("weight_noise", "0"))]
+NOISES += [Column(f"Drop at σ = {s}, points", ("noise_drop", f"{s}"), paired=s == 0.02) for s in SIGMAS[1:]]
+FORGETTING = [
+    Column("Before, %", ("forgetting", "before")),
+    Column("Right after, %", ("forgetting", "after")),
+    Column("Relearned, %", ("forgetting", "relearned"), paired=True),
+]
+COLUMNS = {
+    "forgetting": FORGETTING,
+    "figure2": [Column("mCA, %", ("corruptions", "mean"), printed="mca", paired=True)],
+    "figure3": ATTACKS,
+    "figure4": [Column("ECE, %", ("ece",), paired=True)],
+    "figure5": NOISES,
+}
+
+
+def warm_start_of(row: Row, rows: list[Row]) -> Row | None:
+    """The warm start that a row is compared with: of the same options, or else of most of them and no other.
+
+    What a method has besides may only be of forgetting; what a warm start has besides may be anything.
+    """
+    own = {"keep", "pi", "pi_fraction", "set"} if row.method != "warm-start" else row.named.keys()
+    fitting = [
+        other
+        for other in rows
+        if other.method == "warm-start" and other is not row
+        if other.named.items() <= row.named.items() and row.named.keys() - other.named.keys() <= own
+    ]
+    return max(fitting, key=lambda other: len(other.named), default=None)
+
+
+def differing(rows: list[Row]) -> list[str]:
+    """The options in which these rows differ; of all rows that were read, others may differ in more."""
+    return [key for key in rows[0].options if len({str(row.options[key]) for row in rows}) > 1]
+
+
+def table(rows: list[Row], columns: list[Column], published: list[dict]) -> str:
+    """Markdown: the rows, the paper's numbers beside those that they fit best, then what else it has."""
+    published = [p for p in published if any(column.printed in p for column in columns)]
+    beside, rest = {}, []
+    for p in published:
+        if fitting := [row for row in rows if is_of(row, p)]:
+            best = min(fitting, key=lambda row: len(row.named))
+            tested = 3_450 if p["dataset"] == "restricted-imagenet" else 10_000
+            other = {"cer"} if best.records[0]["data"]["test"] != tested else {}  # a count of other images
+            beside[best.label] = {key: value for key, value in p.items() if key not in other}
+        else:
+            rest.append((Row(p["method"], p, {}, []), p))
+    entries = [*((row, beside.get(row.label, {})) for row in rows), *rest]
+    printed = {column for column in columns if any(column.printed in p for _, p in entries)}
+
+    options = differing(rows)
+    head = ["Method", *(key.replace("_", "-") for key in options), "Seeds"]
+    for column in columns:
+        head += [column.title] + ["paper"] * (column in printed)
+        head += [f"{column.title.split(',')[0]} − warm start's [95 %]"] * column.paired
+    lines = [head, [":---"] + ["---:"] * (len(head) - 1)]
+    for row, p in entries:
+        n, shown = len(row.records), [row.options.get(key) for key in options]
+        cells = [
+            NAMES[row.method],
+            *("–" if v is None else f"{v:g}" if type(v) is float else str(v) for v in shown),
+            f"{n}{' †' * (n < 3)}" if n else "–",
+        ]
+        for column in columns:
+            values = row.values(*column.path)
+            cells.append(spread(values, column.digits) if values else "–")
+            if column in printed:
+                number = p.get(column.printed, "–")
+                cells.append(number if isinstance(number, str) else f"{number:.{column.digits}f}")
+            if column.paired:
+                warm_start = warm_start_of(row, rows)
+                differences = paired(row, warm_start, *column.path) if warm_start else []
+                cells.append(with_interval(differences, column.digits) if differences else "–")
+        lines.append(cells)
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+CLAIMS = (
+    "| The paper's claim | where | tested | difference [95 %] | |\n| :--- | :--- | :--- | :--- | :--- |\n"
+)
+
+
+# ------------------------------------------------------------ Reports
+def report(out: Path, runs: list[tuple[str, Path]], incomplete: bool = False) -> str:
+    """Write `out`, a table of runs beside the paper's of its name, and its figure, NAME-DATASET.png.
+
+    `runs`: for each its row, "METHOD OPTION=VALUE ...", and its record, in a folder named after the data set.
+    If it may be incomplete, runs that are not there are named in it, and with none there nothing is written.
+    """
+    name, scale = out.stem, out.resolve().parent.name
+    paper = json.loads((RESULTS / "paper.json").read_text())
+    source = "table9" if name == "figure3" else name  # half of that figure is that table
+    published = paper["tables"].get(source, {"rows": []})["rows"]
+    columns, parts, lines = COLUMNS.get(name, MAIN), [], []
+    absent = [path for _, path in runs if incomplete and not path.exists()]
+    if not runs:
+        raise DataError("expected records of runs; found none")
+    for dataset in dict.fromkeys(path.resolve().parent.name for _, path in runs if path not in absent):
+        here = [run for run in runs if run[1].resolve().parent.name == dataset]
+        rows = load_rows([run for run in here if run[1] not in absent])
+        known = next((n for n in ("cifar100", "cifar10", "restricted-imagenet") if dataset.startswith(n)), "")
+        printed, title = [p for p in published if p["dataset"] == known], TITLES.get(dataset, dataset)
+        measured, others = split_measured(rows, [column.path for column in columns])
+        missing = [path for _, path in here if path in absent]
+        if name != "figure3" or not any(row.config["label_noise"] for row in others):
+            missing += [record["path"] for row in others for record in row.records]
+            others = []  # in figure 3 they are its other half
+        if not measured and incomplete:
+            continue
+        if not measured:
+            source = "newer runs measure" if name == "forgetting" else "evaluate.py measures"
+            raise DataError(f"{missing[0]}: expected what {source}")
+        if name in FIGURES:
+            draw(
+                name, out.with_name(f"{name}-{dataset}.png"), f"({scale}, {title})", measured, printed, others
+            )
+        parts.append(f"{caption(title, measured, columns)}\n\n{table(measured, columns, printed)}")
+        parts += [shares_table(measured)] * (name == "forgetting")
+        parts += [f"Not measured: {', '.join(f'`{path.stem}`' for path in missing)}.\n"] * bool(missing)
+        for claim in paper["claims"]:
+            if claim["table"] == name and (result := verdict(claim, rows)):
+                cells = [claim["claim"], headline(name).split(":")[0], f"{scale}, {title}", *result]
+                lines.append(f"| {' | '.join(cells)} |\n")
+    text = "\n".join(parts) + (f"\n{CLAIMS}{''.join(lines)}" if lines else "")
+    if text:
+        lure.write(out, lambda file: file.write(text.encode()))
+    return text or f"nothing has been measured yet for {name}"
+
+
+def draw(
+    name: str, path: Path, where: str, measured: list[Row], printed: list[dict], others: list[Row]
+) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(layout="constrained")
+    FIGURES[name](figure, measured, printed, others)
+    figure.suptitle(f"{headline(name)} {where}", fontsize=9)
+    lure.write(path, partial(figure.savefig, format="png", dpi=130))
+
+
+def shares_table(rows: list[Row]) -> str:
+    """Markdown: the share of each weight tensor that was redrawn, for the rows that redraw by a mask."""
+    rows = [row for row in rows if row.values("shares")]
+    lines = [["Redrawn of, %", *(row.label for row in rows)], [":---"] + ["---:"] * len(rows)]
+    for name in rows[0].values("shares")[0] if rows else ():
+        lines.append([name.removesuffix(".weight"), *(spread(row.values("shares", name), 1) for row in rows)])
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines) if rows else ""
+
+
+def headline(name: str) -> str:
+    return f"{re.sub(r'(?<=e)(?=[0-9])', ' ', name).capitalize()}: {SUBJECTS.get(name, 'runs')}"
+
+
+def caption(title: str, rows: list[Row], columns: list[Column]) -> str:
+    records = [record for row in rows for record in row.records]
+    config, data = records[0]["config"], records[0]["data"]
+    same = {
+        "arch": config["arch"],
+        "mega_batches": f"{config['mega_batches']} mega-batches",
+        "epochs": f"{config['epochs']} epochs each",
+        "replay": f"replay {config['replay']}",
+    }
+    words = [text for key, text in same.items() if key not in differing(rows)]
+    sizes = sorted({(r["data"]["train"], r["data"]["test"]) for r in records})
+    words += [f"{' or '.join(str(n) for n, _ in sizes)} training and {data['test']} test images"]
+    if config["image_size"]:
+        words += [f"{config['image_size']}×{config['image_size']} pixels"]
+    if any(column.path[0] == "corruptions" for column in columns):
+        words += [
+            f"{records[0]['images_per_severity']} images of CIFAR-10-C for each corruption and severity"
+        ]
+    machines = sorted({f"{r['device']}, {r['precision']}, torch {r['versions']['torch']}" for r in records})
+    return (
+        f"{title}: {', '.join(words)}; {'; '.join(machines)}. Mean ± sample standard deviation over seeds "
+        "(† fewer than three); differences seed by seed, with the 95 % t interval of their mean."
+    )
+
+
+INTRODUCTION = """# Results
+
+Written by `make overview` from the reports in `paper`, `narrow`, `small` and `precision`, as far as they have
+been measured; the speed of the loop is in [`bench`](bench). Every run is a file,
+`SCALE/DATASET/ROW-SEED.json`.
+
+## The paper's claims
+
+Held: every 95 % t interval of the differences, over at least three seeds, lies on the claim's side of zero;
+not held: one lies on the other side (each is an interval by itself: of twenty, one may do so by chance). What
+is tested at the small scale says what happens there, and refutes nothing beyond it. The paper's numbers stand
+beside ours wherever it prints any, whatever the scale; Figure 6's grid of rates is ours.
+"""
+
+
+def overview(folder: Path) -> str:
+    """Write folder/README.md: the claims, then all reports, from its subfolders, one for each scale."""
+    parts, claims = [], []
+    for scale in ("paper", "narrow", "small", "precision"):
+        for name in SUBJECTS:
+            path = folder / scale / f"{name}.md"
+            if path.exists():
+                shown_tables, _, lines = path.read_text().partition(CLAIMS)
+                claims.append(lines)
+                images = sorted(path.parent.glob(f"{name}-*.png"))
+                shown = "".join(f"![{headline(name)}]({scale}/{i.name})\n\n" for i in images)
+                parts.append(f"## {headline(name)} ({scale})\n\n{shown}{shown_tables.rstrip()}\n")
+    if not parts:
+        raise DataError(f"{folder}: expected reports in paper, narrow, small or precision; found none")
+    text = f"{INTRODUCTION}\n{CLAIMS}{''.join(claims)}\n" + "\n".join(parts)
+    lure.write(folder / "README.md", lambda file: file.write(text.encode()))
+    return text
+
+
+# ------------------------------------------------------------ Command line
+def main(argv=None) -> int:
+    """The command line, that of experiments/tables.py; its status is that of `lure.main`."""
+    argv = sys.argv[1:] if argv is None else argv
+
+    def call():
+        if argv[:1] == ["overview"]:
+            return overview(RESULTS)
+        asked = tables.arguments(argv)
+        for name in asked.tables:
+            runs = [(run.row, Path(run.path(asked.out))) for run in tables.planned(name, asked)]
+            out = Path(asked.out) / f"{name}.md"
+            print(report(out, runs, asked.incomplete), out, sep="\n")
+
+    return lure.guarded("report.py", call)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,156 @@
+"""Records of runs, read and put together to the rows of a table."""
+
+import inspect
+import json
+import statistics
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lure
+from baselines import METHODS
+from lure import DataError
+
+NAMES = {method: method for method in METHODS}
+NAMES |= {"warm-start": "Warm start", "sp": "S&P", "llf": "LLF", "lure": "LURE", "scratch": "Scratch"}
+NAMES |= {"rifle": "RIFLE", "dash": "DASH", "fire": "FIRE"}
+NAMES |= {"fisher": "LURE by Fisher", "magnitude": "LURE by magnitude", "random": "LURE by chance"}
+MEASURED = {
+    ".metrics.json": ("ece", "reliability", "pgd", "weight_noise", "redrawing"),
+    ".corruptions.json": ("corruptions", "images_per_severity"),
+}
+SIZES = ("limit", "limit_test", "shots", "image_size")  # these change the data
+
+
+class Row(NamedTuple):
+    """Runs that differ by their seed alone."""
+
+    method: str
+    options: dict  # those in which the rows of a table differ, and their values
+    named: dict  # those that the row is named by, and their values
+    records: list[dict]
+
+    def by_seed(self, *path) -> dict:
+        """Seed → what the path leads to in the record, where it was measured."""
+        found = {}
+        for record in self.records:
+            value: Any = record
+            for key in path:
+                value = value.get(key) if isinstance(value, dict) else value[key]
+                if value is None:
+                    break
+            else:
+                found[record["config"]["seed"]] = value
+        return found
+
+    def values(self, *path) -> list:
+        return [*self.by_seed(*path).values()]
+
+    @property
+    def config(self) -> dict:
+        return self.records[0]["config"]
+
+    @property
+    def label(self) -> str:
+        return ", ".join([NAMES[self.method], *(f"{k} {v}" for k, v in self.named.items())])
+
+
+def load_record(path: Path, row: str) -> dict:
+    """The record of a run of the row, "METHOD OPTION=VALUE ...", with what was measured beside it.
+
+    Adds its `path`, the options of the row (`named`) and all that may set it apart from others (`options`).
+    DataError for a file that is no record, or not of that row.
+    """
+
+    def load(file: Path) -> dict:
+        record = json.loads(file.read_text())
+        config = {"method": "lure", "set": []} | record["config"]
+        apart = lure.PATHS | {"method", "seed", "classes", "precision"}
+        options = {k: v for k, v in config.items() if k not in apart}
+        return record | {"config": config, "options": options | {"data": record["data"]["sha256"]}}
+
+    file = path
+    try:
+        record = load(path)
+        (method, *pairs), config, named = row.split(), record["config"], {}
+        for key, _, text in (pair.partition("=") for pair in pairs):
+            key = key.replace("-", "_")
+            named[key] = [text] if key == "set" else type(config[key])(text or True)
+        for key, value in {"method": method, **named}.items():
+            if config[key] != value:
+                raise ValueError(f"it is of {key} {config[key]}")
+        for suffix, keys in MEASURED.items():
+            file = path.with_suffix(suffix)
+            if file.exists():
+                measured = load(file)
+                if measured["options"] != record["options"] or measured["config"]["seed"] != config["seed"]:
+                    raise ValueError("it is of another run")
+                record |= {key: measured[key] for key in keys if key in measured}
+        file = path
+        for part in (record["totals"], record):
+            if "ece" in part:
+                part["ece"] *= 100
+        if noisy := record.get("weight_noise"):
+            record["noise_drop"] = {s: noisy["0"] - a for s, a in noisy.items() if s != "0"}
+        record |= forgetting_of(record["mega_batches"])
+        record["options"]["precision"] = record["precision"]  # that it ran in, whatever the option's word
+        if "keep" not in inspect.signature(METHODS[method]).parameters:
+            record["options"]["keep"] = None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = f"no entry {error}" if isinstance(error, KeyError) else error
+        raise DataError(f"{file}: expected the record of a run of {row} ({reason})") from error
+    return record | {"path": path, "named": named}
+
+
+def forgetting_of(rows: list[dict]) -> dict:
+    """What forgetting did, the mean over all times; of an old record, which lacks it, nothing."""
+    pairs = [(a, b) for a, b in pairwise(rows) if a.get("forgotten")]
+    if not pairs:
+        return {}
+    of = {
+        "before": [a["test"]["accuracy"] for a, _ in pairs],
+        "after": [a["forgotten"]["accuracy"] for a, _ in pairs],
+        "relearned": [b["test"]["accuracy"] for _, b in pairs],
+    }
+    masks = [a["redrawn_by_tensor"] for a, _ in pairs if a["redrawn_by_tensor"]]
+    shares = {name: statistics.fmean(100 * mask[name] for mask in masks) for name in (masks or [{}])[0]}
+    return {"forgetting": {k: statistics.fmean(v) for k, v in of.items()}, "shares": shares or None}
+
+
+def load_rows(runs: list[tuple[str, Path]]) -> list[Row]:
+    """The rows of a table, in the order of the runs, (row, path). DataError if they cannot be compared.
+
+    Two runs may differ in their seed, their method and the options that one of their rows tells.
+    """
+    records = [load_record(path, row) for row, path in runs]
+    apart: dict = {}
+    for key in records[0]["options"]:
+        having = [r for r in records if r["options"].get(key) is not None]
+        for record in having:
+            value, other = (r["options"][key] for r in (record, having[0]))
+            free = {*record["named"], *having[0]["named"]}
+            if value != other and not free & {key, *(SIZES if key == "data" else ())}:
+                where = f"{other} in {having[0]['path'].name}"
+                raise DataError(f"{record['path']}: cannot be compared: {key} is {value}, {where}")
+            if value != other and key != "data":
+                apart[key] = None
+    rows: dict[str, Row] = {}
+    for record in records:
+        method, options = record["config"]["method"], {key: record["options"][key] for key in apart}
+        row = rows.setdefault(json.dumps([method, options]), Row(method, options, record["named"], []))
+        if twice := [r for r in row.records if r["config"]["seed"] == record["config"]["seed"]]:
+            other = twice[0]["path"].name
+            raise DataError(f"{record['path']}: expected one run of each kind, {other} is it too")
+        row.records.append(record)
+    return [*rows.values()]
+
+
+def split_measured(rows: list[Row], paths: list[tuple]) -> tuple[list[Row], list[Row]]:
+    """The rows with the records in which all that the paths lead to was measured, and with the others."""
+    seeds = [set.intersection(*({*row.by_seed(*path)} for path in paths)) for row in rows]
+    split: tuple[list[Row], list[Row]] = [], []
+    for row, having in zip(rows, seeds, strict=True):
+        for part, there in zip(split, (True, False), strict=True):
+            if records := [r for r in row.records if (r["config"]["seed"] in having) == there]:
+                part.append(row._replace(records=records))
+    return split

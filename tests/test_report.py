@@ -1,0 +1,398 @@
+"""Reports: records put together to rows, tables beside the paper's, figures, claims, the overview."""
+
+import json
+import re
+
+import pytest
+from conftest import SMALL
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib.figure import Figure
+
+import baselines
+import evaluate
+from experiments import figures, report
+from experiments.claims import interval, spread, verdict
+from experiments.figures import FIGURES
+from experiments.rows import MEASURED, NAMES, Row, load_rows
+from lure import DataError
+
+
+def runs_of(paths):
+    """The runs in these files, or in these folders: for each its row and its file."""
+    paths = [p for path in paths for p in (sorted(path.glob("*-*.json")) if path.is_dir() else [path])]
+    paths = [path for path in paths if not path.name.endswith(tuple(MEASURED))]
+    return [(path.stem.rpartition("-")[0].replace("+", " "), path) for path in paths]
+
+
+def render(out, paths, incomplete=False):
+    return report.report(out, runs_of(paths), incomplete)
+
+
+def copy(folder, tmp_path, name="digits"):
+    (tmp_path / name).mkdir(parents=True)
+    for path in folder.glob("*-?.json"):
+        (tmp_path / name / path.name).write_bytes(path.read_bytes())
+    return tmp_path / name
+
+
+def change(path, name=None, totals=None, **options):
+    """Change a record's options and totals; under another name, beside it."""
+    record = json.loads(path.read_text())
+    record["config"] |= options
+    record["totals"] |= totals or {}
+    (path.with_name(name) if name else path).write_text(json.dumps(record))
+
+
+def rows_of(text):
+    """The cells of a report's table; its claims are left out."""
+    lines = [line for line in text.split(report.CLAIMS)[0].splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+
+
+def test_report_of_runs(folder, tmp_path):
+    runs, out = copy(folder, tmp_path), tmp_path / "demo.md"
+    names = [f"{row}-{seed}.json" for seed in "12" for row in ("warm-start", "warm-start+gamma=1", "lure")]
+    text = render(out, [runs / name for name in names])
+    head, _, *rows = rows_of(text)
+    assert head[:4] == ["Method", "gamma", "Seeds", "Test accuracy, %"] and "paper" not in head
+    assert [row[:3] for row in rows] == [
+        ["Warm start", "0.1", "2 †"],
+        ["Warm start", "1", "2 †"],
+        ["LURE", "0.1", "2 †"],
+    ]
+    totals = {p.stem: json.loads(p.read_text())["totals"] for p in runs.glob("*.json")}
+    a, b = totals["lure-1"]["test_accuracy"], totals["lure-2"]["test_accuracy"]
+    assert rows[2][3] == f"{(a + b) / 2:.2f} ± {abs(a - b) / 2**0.5:.2f}"
+    c, d = totals["warm-start-1"]["test_accuracy"], totals["warm-start-2"]["test_accuracy"]
+    mean, half = ((a - c) + (b - d)) / 2, 12.7062 * abs((a - c) - (b - d)) / 2  # t of one degree of freedom
+    shown = [float(x) for x in rows[2][4].replace("[", "").replace("]", "").replace(",", "").split()]
+    assert shown == pytest.approx([mean, mean - half, mean + half], abs=0.01)
+    assert [row[4] == "–" for row in rows] == [True, False, False]  # warm start itself has no difference
+    assert rows[2][5].startswith(f"{(totals['lure-1']['cer'] + totals['lure-2']['cer']) / 2:.0f} ± ")
+    assert out.read_text() == text
+    assert (tmp_path / "demo-digits.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_report_of_a_folder_takes_all_its_runs(folder, tmp_path):
+    runs = copy(folder, tmp_path)
+    assert len(rows_of(render(tmp_path / "table.md", [runs]))) == 2 + 3
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["digits", "table.md"]  # no figure goes with it
+
+
+def test_report_stands_beside_the_paper(folder, tmp_path):
+    runs = copy(folder, tmp_path, "small/cifar10-like")
+    files, out = sorted(runs.glob("*.json")), tmp_path / "small" / "table1.md"
+    printed = [row[0] for row in rows_of(render(out, [runs])) if row[2] == "–"]
+    assert printed == ["Warm start", "LLF", "S&P", "LURE"]  # ours, of two mega-batches, are not in the paper
+    for path in files:
+        change(path, mega_batches=8)
+    head, _, *rows = rows_of(render(out, [runs]))  # in the order of the names, so gamma=1 comes first
+    where = [i for i, title in enumerate(head) if title == "paper"]
+    by_name = {(row[0], row[1]): [row[i] for i in where] for row in rows}
+    # CER is a count, of other test images here; where nothing of ours stands beside it, it is shown
+    assert by_name["LURE", "0.1"] == ["93.32", "–", "6.60"]
+    assert by_name["Warm start", "0.1"] == ["89.47", "–", "8.98"]
+    assert by_name["Warm start", "1"] == ["–", "–", "–"]  # a number of the paper's stands there once
+    assert by_name["LLF", "–"] == ["91.43", "10103", "7.22"]
+    assert "| small, cifar10-like |" in out.read_text() and "| not decided |" in out.read_text()
+    for path in files:
+        record = json.loads(path.read_text())
+        path.write_text(json.dumps(record | {"data": record["data"] | {"test": 10_000}}))
+    assert "| 9622 |" in render(out, [runs])
+
+
+@pytest.mark.parametrize(
+    "name, rows",
+    [
+        ("figure6", ["warm-start", "warm-start+lr=0.5", "lure", "lure+lr=0.5+weight-decay=0.01"]),
+        ("cost", ["warm-start", "warm-start+epochs=5", "lure", "lure+epochs=5"]),
+        ("where-from", ["warm-start+select=best-val", "lure+keep-momentum"]),
+    ],
+)
+def test_reports_whose_rows_differ_by_options(folder, tmp_path, name, rows):
+    runs = copy(folder, tmp_path)
+    for row in rows:
+        method, *pairs = row.split("+")
+        options = {k.replace("-", "_"): v for k, _, v in (pair.partition("=") for pair in pairs)}
+        options = {k: True if v == "" else v if k == "select" else float(v) for k, v in options.items()}
+        for seed in (1, 2):
+            change(runs / f"{method}-{seed}.json", f"{row}-{seed}.json", **options)
+    files = [runs / f"{row}-{seed}.json" for row in rows for seed in (1, 2)]
+    found = rows_of(render(tmp_path / f"{name}.md", files))[2:]
+    assert len(found) == len(rows) and (tmp_path / f"{name}-digits.png").exists() == (name in FIGURES)
+    for cells, row in zip(found, rows, strict=True):
+        method, *pairs = row.split("+")
+        values = {pair.partition("=")[2] or "True" for pair in pairs}
+        assert cells[0] == NAMES[method] and values <= set(cells[1:4])
+
+
+def test_figures_of_what_metrics_measured(folder, tmp_path):
+    runs = copy(folder, tmp_path, "digits")
+    files = [runs / f"{method}-{seed}.json" for method in ("warm-start", "lure") for seed in (1, 2)]
+    names = ("figure2", "figure3", "figure4", "figure5")
+    for name in names:
+        with pytest.raises(DataError, match=r"warm-start-1.json: expected what evaluate.py measures"):
+            render(tmp_path / f"{name}.md", files)
+    for path in files:
+        checkpoint = path.with_suffix(".pt")
+        checkpoint.write_bytes((folder / checkpoint.name).read_bytes())
+        assert evaluate.main([str(checkpoint)]) == 0
+        measured = json.loads(path.with_suffix(".metrics.json").read_text())
+        shade = 30.0 + int(path.stem[-1])  # the colour that CIFAR-10-C has, digits have not
+        corruptions = {name: [shade] * 5 for name in evaluate.CORRUPTIONS} | {"mean": shade}
+        measured |= {"corruptions": corruptions, "images_per_severity": 7}
+        path.with_suffix(".corruptions.json").write_text(json.dumps(measured))
+    more, rows = [runs / "lure+label-noise=0.2+mega-batches=4-3.json"], {}  # the other half of figure 3
+    change(runs / "lure-1.json", more[0].name, seed=3, label_noise=0.2, mega_batches=4)
+    for name in names:
+        text = render(tmp_path / f"{name}.md", files + more * (name == "figure3"))
+        rows[name] = rows_of(text)
+        assert [row[0] for row in rows[name]][2:4] == ["Warm start", "LURE"]
+        assert (tmp_path / f"{name}-digits.png").stat().st_size > 10_000
+        assert "| The paper's claim |" in text
+        assert "small, 2 mega-batches" in text and "label-noise" not in rows[name][0]  # what the shown have
+    assert rows["figure2"][3][1:3] == ["2 †", "31.50 ± 0.71"] and "7 images of CIFAR-10-C" in render(
+        tmp_path / "figure2.md", files
+    )
+    of = [json.loads((runs / f"lure-{seed}.metrics.json").read_text()) for seed in (1, 2)]
+    ece, attack, clean, noisy = (
+        [100 * m["ece"] for m in of],
+        [m["pgd"]["2/255"] for m in of],
+        [m["weight_noise"]["0"] for m in of],
+        [m["weight_noise"]["0.01"] for m in of],
+    )
+    assert rows["figure4"][3][2] == spread(ece)
+    head, cells = rows["figure3"][0], rows["figure3"][3]
+    assert cells[head.index("At ε = 2/255, %")] == spread(attack)
+    head, cells = rows["figure5"][0], rows["figure5"][3]
+    drop = [a - b for a, b in zip(clean, noisy, strict=True)]
+    assert cells[head.index("Without noise, %")] == spread(clean)
+    assert cells[head.index("Drop at σ = 0.01, points")] == spread(drop)
+    published = [{"dataset": "cifar10", "method": "lure", "label_noise": 0.2, "test_acc": 86.79}]
+    shown, others = load_rows(runs_of(files)), load_rows(runs_of(more))
+    for draw, printed in (
+        (figures.corruption_bars, [published[0] | {"label_noise": 0, "mca": 74}] * 2),
+        (figures.attack_and_noise, published),
+    ):
+        draw(figure := Figure(), shown, printed, others)
+        legends = [text.get_text() for axes in figure.axes for text in axes.get_legend().get_texts()]
+        assert any("printed in the paper" in text for text in legends), legends
+
+
+def test_the_measurements_of_another_run_are_refused(folder, tmp_path):
+    runs = copy(folder, tmp_path)
+    for seed in (1, 2):
+        (runs / f"lure-{seed}.pt").write_bytes((folder / f"lure-{seed}.pt").read_bytes())
+    assert evaluate.main([str(runs / "lure-2.pt"), "--epsilons", "1", "--sigmas", "0"]) == 0
+    (runs / "lure-2.metrics.json").rename(runs / "lure-1.metrics.json")
+    with pytest.raises(DataError, match=r"lure-1.metrics.json: .*it is of another run"):
+        render(tmp_path / "table.md", [runs])
+
+
+def test_report_refuses_what_cannot_be_compared(folder, tmp_path):
+    def refused(name, *words):
+        out = tmp_path / name / "table.md"
+        with pytest.raises(DataError) as refusal:
+            render(out, [tmp_path / name])
+        assert all(word in str(refusal.value) for word in words) and not out.exists()
+
+    change(copy(folder, tmp_path, "a") / "lure-2.json", epochs=7)
+    refused("a", "cannot be compared: epochs is", "7")
+    change(copy(folder, tmp_path, "c") / "warm-start+gamma=1-2.json", gamma=0.5)
+    refused("c", "warm-start+gamma=1-2.json", "it is of gamma 0.5")
+    path = copy(folder, tmp_path, "d") / "warm-start+gamma=1-1.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {"data": record["data"] | {"sha256": "0"}}))
+    refused("d", "data is")
+    path = copy(folder, tmp_path, "h") / "lure-2.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"precision": "float16"}))
+    refused("h", "precision is", "float16")
+    (copy(folder, tmp_path, "e") / "lure-3.json").write_text("{")
+    refused("e", "lure-3.json: expected the record of a run of lure")
+    path = copy(folder, tmp_path, "f") / "lure-1.json"
+    path.rename(path.with_name("sp-1.json"))
+    refused("f", "sp-1.json", "it is of method lure")
+    (copy(folder, tmp_path, "k") / "lure-1.metrics.json").write_text("{")
+    refused("k", "lure-1.metrics.json: expected")
+    runs = copy(folder, tmp_path, "l")
+    (runs / "lure+keep=0.8-1.json").write_bytes((runs / "lure-1.json").read_bytes())
+    refused("l", "expected one run of each kind", "lure-1.json")
+    (tmp_path / "g").mkdir()
+    refused("g", "expected records of runs")
+
+
+def row(method, accuracies, **options):
+    """A row of a table with these accuracies, of seeds 1, 2, 3 and so on."""
+    records = [
+        {"config": {"method": method, "seed": i, **options}, "totals": {"test_accuracy": a, "cer": 10 * a}}
+        for i, a in enumerate(accuracies, start=1)
+    ]
+    return Row(method, options, options, records)
+
+
+ACCURACY = {"metrics": [["totals", "test_accuracy"]], "higher": True}
+
+
+LURE, WARM = {"method": "lure"}, {"method": "warm-start"}
+
+
+@pytest.mark.parametrize(
+    "lure_, higher, word",
+    [
+        ([51, 52.1, 53.2], True, "held"),
+        ([51, 52.1, 53.2], False, "not held"),
+        ([49, 50.1, 51.2], True, "not held"),
+        ([51, 52, 50], True, "not decided"),
+        ([51, 52.1], True, "not decided"),  # of two seeds only
+        ([51], True, "not decided"),
+    ],
+)
+def test_a_claim_is_decided_by_its_interval_alone(lure_, higher, word):
+    rows = [row("warm-start", [50, 51, 52]), row("lure", lure_)]
+    claim = ACCURACY | {"better": LURE, "than": WARM, "higher": higher}
+    assert verdict(claim, rows)[1] == word
+
+
+def test_a_claim_of_several_rows_compares_what_belongs_together():
+    rows = [row("warm-start", [50, 50, 50], t=10), row("lure", [52, 52, 52.1], t=10)]
+    rows += [row("warm-start", [60, 60, 60], t=20), row("lure", [61, 61, 61.1], t=20)]
+    claim = ACCURACY | {"better": LURE, "than": WARM}
+    text, word = verdict(claim, rows)
+    assert word == "held" and text == "t 10: +2.03 [+1.89, +2.18]<br>t 20: +1.03 [+0.89, +1.18]"
+    rows[-1] = row("lure", [60, 61, 59], t=20)
+    assert verdict(claim, rows)[1] == "not decided"
+    rows[-1] = row("lure", [55, 55.1, 55], t=20)
+    assert verdict(claim, rows)[1] == "not held"
+    only = claim | {"better": LURE | {"t": [10]}, "than": WARM | {"t": [10]}}
+    assert verdict(only, rows)[0] == "+2.03 [+1.89, +2.18]"
+    best = ACCURACY | {"better": LURE | {"t": 10}, "than": LURE | {"t": [20]}}  # as that of Table 7
+    assert verdict(best, rows)[0].startswith("-3.0")
+    assert verdict(claim | {"than": {"method": "sp"}}, rows) is None
+    several = [row("warm-start", [50, 50, 50]), row("lure", [52, 52, 52.1]), row("fisher", [49, 49, 49.1])]
+    text, word = verdict(ACCURACY | {"better": {"method": ["lure", "fisher"]}, "than": WARM}, several)
+    assert word == "not held" and re.findall("([A-Za-z ]+):", text) == ["LURE", "LURE by Fisher"]
+
+
+def test_what_does_not_differ_at_all_has_no_say_in_a_claim():
+    claim = {
+        "better": LURE,
+        "than": WARM,
+        "higher": True,
+        "metrics": [["totals", "cer"], ["totals", "floor"]],
+    }
+    rows = [row("warm-start", [50, 50, 50]), row("lure", [52, 52, 52.1])]
+    for r in rows:
+        for record in r.records:
+            record["totals"]["floor"] = 0
+    assert verdict(claim, rows)[1] == "held"
+    assert verdict(claim | {"metrics": [["totals", "floor"]]}, rows)[1] == "not decided"
+
+
+def test_what_warm_start_a_row_is_compared_with():
+    plain, noisy = row("warm-start", [50]), row("warm-start", [40], label_noise=0.2)
+    rows = [plain, noisy, row("lure", [41], label_noise=0.2, keep=0.9), row("lure", [52], keep=0.9)]
+    found = [report.warm_start_of(r, rows) for r in rows]
+    assert found[0] is None and found[1] is plain and found[2] is noisy and found[3] is plain
+    assert report.warm_start_of(row("lure", [41], gamma=1), rows) is None  # that of gamma 1 is not there
+
+
+@given(st.lists(st.floats(-100, 100), min_size=2, max_size=12))
+def test_the_interval_is_students(values):
+    low, high = interval(values)
+    n, mean = len(values), sum(values) / len(values)
+    deviation = (sum((v - mean) ** 2 for v in values) / (n - 1)) ** 0.5
+    quantile = [12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281, 2.2010][
+        n - 2
+    ]
+    assert (low + high) / 2 == pytest.approx(mean, abs=1e-9)
+    assert (high - low) / 2 == pytest.approx(quantile * deviation / n**0.5, rel=1e-4, abs=1e-9)
+
+
+def test_overview_has_every_report_that_is_there(folder, tmp_path):
+    runs = copy(folder, tmp_path / "small", "cifar10")
+    for path in runs.glob("*.json"):
+        change(path, mega_batches=8)
+    for name in ("table8", "table1"):
+        render(tmp_path / "small" / f"{name}.md", [runs / "lure-1.json", runs / "warm-start-1.json"])
+    text = report.overview(tmp_path)
+    assert text == (tmp_path / "README.md").read_text()
+    assert (
+        text.index("The paper's claims")
+        < text.index("## Table 1: full replay (small)")
+        < text.index("## Table 8")
+    )
+    assert text.count("CIFAR-10: small, 8 mega-batches") == 2 and text.count(report.CLAIMS) == 1
+    assert "Full replay: LURE is more accurate" in text.split("## Table 1")[0]
+    assert "](small/table1-cifar10.png)" in text
+
+
+def test_a_methods_own_settings_are_in_its_name(tmp_path):
+    out = tmp_path / "digits"
+    for name, more in (("warm-start", []), ("sp+set=noise=0.1", ["--set", "noise=0.1"])):
+        options = ["--method", name.split("+")[0], *more, "--out", f"{out}/{name}-1.json"]
+        assert baselines.main([*SMALL, *options]) == 0
+    assert "| S&P | ['noise=0.1'] |" in render(tmp_path / "table.md", [out])
+    (out / "sp+set=noise=0.1-1.json").rename(out / "sp-1.json")
+    with pytest.raises(DataError, match="set is"):
+        render(tmp_path / "table.md", [out])
+
+
+def test_forgetting_is_reported_around_each_forgetting_and_by_tensor(folder, tmp_path):
+    runs = copy(folder, tmp_path)
+    out = tmp_path / "forgetting.md"
+    for seed in (1, 2):
+        name = f"lure-{seed}.pt"
+        (runs / name).write_bytes((folder / name).read_bytes())
+        assert evaluate.main([str(runs / name), "--epsilons", "--sigmas"]) == 0
+    text = render(out, [runs / f"{m}-{s}.json" for m in ("warm-start", "lure") for s in (1, 2)])
+    head, _, warm, ours, shares_head, _, *shares = rows_of(text)
+    rows = [json.loads((runs / f"lure-{s}.json").read_text())["mega_batches"] for s in (1, 2)]
+    shown = [
+        [r[0]["test"]["accuracy"] for r in rows],
+        [r[0]["forgotten"]["accuracy"] for r in rows],
+        [r[1]["test"]["accuracy"] for r in rows],
+    ]
+    assert head[2:5] == ["Before, %", "Right after, %", "Relearned, %"]
+    assert ours[2:5] == [spread(values) for values in shown]
+    assert warm[2] == warm[3]  # nothing was forgotten
+    assert shares_head == ["Redrawn of, %", "LURE"]
+    by_tensor = [[100 * r[0]["redrawn_by_tensor"]["layer4.1.conv1.weight"] for r in rows]]
+    assert ["layer4.1.conv1", *(spread(values, 1) for values in by_tensor)] in shares
+    assert len(shares) == len(rows[0][0]["redrawn_by_tensor"])
+    figure = Figure()
+    figures.forgetting(figure, load_rows(runs_of([runs])), [], [])
+    assert len(figure.axes) == 3
+    redrawn = json.loads((runs / "lure-1.metrics.json").read_text())["redrawing"]
+    lines = [line for line in figure.axes[1].get_lines() if line.get_linestyle() != "None"]
+    assert list(lines[0].get_xdata()) == [0, 5, 10, 20, 40, 60, 80] and len(lines) == 4
+    both = [json.loads((runs / f"lure-{s}.metrics.json").read_text())["redrawing"] for s in (1, 2)]
+    mean = sum(r["random"]["0.8"] for r in both) / 2
+    assert lines[3].get_ydata()[-1] == pytest.approx(mean) and set(redrawn) == set(figures.CRITERIA)
+    path = runs / "warm-start-1.json"  # an old record does not say what was forgotten
+    record = json.loads(path.read_text())
+    for row in record["mega_batches"]:
+        del row["forgotten"], row["redrawn_by_tensor"]
+    path.write_text(json.dumps(record))
+    text = render(out, [path, runs / "lure-1.json"])
+    assert "Not measured: `warm-start-1`." in text
+    with pytest.raises(DataError, match=r"warm-start-1.json: expected what newer runs measure"):
+        render(out, [path])
+
+
+def test_an_incomplete_report_renders_what_is_there_and_names_what_is_not(folder, tmp_path):
+    runs, out = copy(folder, tmp_path), tmp_path / "table3.md"
+    files = [runs / f"{m}-{s}.json" for m in ("warm-start", "lure", "fire") for s in (1, 2)]
+    (runs / "lure-2.json").unlink()
+    with pytest.raises(DataError, match=r"lure-2.json"):
+        render(out, files)
+    assert not out.exists()
+    text = render(out, files, incomplete=True)
+    assert [row[:2] for row in rows_of(text)[2:4]] == [["Warm start", "2 †"], ["LURE", "1 †"]]
+    assert "\nNot measured: `lure-2`, `fire-1`, `fire-2`.\n" in text
+    assert (tmp_path / "table3-digits.png").exists()
+    out.unlink()
+    assert render(out, files[-1:], incomplete=True) == "nothing has been measured yet for table3"
+    figure4 = tmp_path / "figure4.md"  # the runs are there, what it shows of them is not
+    assert render(figure4, files, incomplete=True) == "nothing has been measured yet for figure4"
+    assert not out.exists() and not figure4.exists()
