@@ -1,6 +1,7 @@
 """How good a trained network is beyond its accuracy.
 
 python evaluate.py lure-1.pt                             # writes lure-1.metrics.json beside it
+python evaluate.py lure-1.pt --attack                    # writes lure-1.attack.json
 python evaluate.py lure-1.pt --corruptions CIFAR-10-C    # writes lure-1.corruptions.json
 """
 
@@ -182,7 +183,7 @@ def load_checkpoint(path: Path, device: torch.device) -> tuple[nn.Module, dict]:
 
 
 def metrics(path: Path, args: argparse.Namespace) -> dict:
-    """A checkpoint's calibration, PGD, weight noise and redrawing, or its accuracy under corruptions."""
+    """A checkpoint's calibration, weight noise and redrawing, or its accuracy under PGD or corruptions."""
     device = lure.pick_device(args.device)
     model, config = load_checkpoint(path, device)
     sizes = {key: config[key] for key in ("image_size", "limit", "limit_test", "shots")}
@@ -194,16 +195,31 @@ def metrics(path: Path, args: argparse.Namespace) -> dict:
         result["corruptions"] = corruption_accuracy(model, args.corruptions)
         result["images_per_severity"] = len(load_array(args.corruptions / "labels.npy")) // 5
         target = path.with_suffix(".corruptions.json")
+    elif args.attack:
+        result["pgd"] = attacked_accuracy(model, data, args.epsilons)
+        target = path.with_suffix(".attack.json")
     else:
-        result |= clean_metrics(model, data, config, args.epsilons, args.sigmas)
+        result |= clean_metrics(model, data, config, args.sigmas)
         target = path.with_suffix(".metrics.json")
     text = json.dumps(result, indent=1) + "\n"
     lure.write(target, lambda file: file.write(text.encode()))
     return result
 
 
-def clean_metrics(model, data: lure.Dataset, config: dict, epsilons, sigmas) -> dict:
-    """Test accuracy: clean, by confidence (ECE), under PGD-10 by ε, after redrawing by criterion and share.
+def attacked_accuracy(model, data: lure.Dataset, epsilons) -> dict[str, float]:
+    """Test accuracy under PGD-10 for each radius, in 1/255."""
+    device, result = next(model.parameters()).device, {}
+    images = lure.to_input(data.test_images.permute(0, 2, 3, 1).to(device))
+    labels = data.test_labels.to(device)
+    for epsilon in epsilons:
+        batches = zip(images.split(125), labels.split(125), strict=True)
+        attacked = torch.cat([pgd_attack(model, x, y, epsilon / 255) for x, y in batches])
+        result[f"{epsilon:g}/255"] = accuracy(model, attacked, labels)
+    return result
+
+
+def clean_metrics(model, data: lure.Dataset, config: dict, sigmas) -> dict:
+    """Test accuracy: clean, by confidence (ECE), after redrawing by criterion and share.
 
     By σ of weight noise, the accuracy on what the run trained on: the training parts of its mega-batches.
     """
@@ -219,11 +235,6 @@ def clean_metrics(model, data: lure.Dataset, config: dict, epsilons, sigmas) -> 
     result: dict = {"accuracy": 100 * probabilities.argmax(1).eq(test_y).double().mean().item()}
     result["ece"] = expected_calibration_error(probabilities, test_y)
     result["reliability"] = {k: v.tolist() for k, v in reliability_bins(probabilities, test_y).items()}
-    result["pgd"] = {}
-    for epsilon in epsilons:
-        batches = zip(test_x.split(125), test_y.split(125), strict=True)
-        attacked = torch.cat([pgd_attack(model, x, y, epsilon / 255) for x, y in batches])
-        result["pgd"][f"{epsilon:g}/255"] = accuracy(model, attacked, test_y)
     generator = torch.Generator().manual_seed(seed)
     noisy = weight_noise_accuracy(model, train_x, train_y, sigmas, generator=generator)
     result["weight_noise"] = {f"{s:g}": a for s, a in zip(sigmas, noisy, strict=True)}
@@ -254,6 +265,7 @@ def main(argv=None) -> int:
     parser = lure.Parser(description=__doc__.split("\n")[0])
     parser.add_argument("paths", nargs="+", type=Path, metavar="CHECKPOINT")
     parser.add_argument("--corruptions", type=Path, help="folder of CIFAR-10-C: measure these instead")
+    parser.add_argument("--attack", action="store_true", help="measure accuracy under PGD-10 instead")
     parser.add_argument("--epsilons", nargs="*", type=float, default=EPSILONS, help="of PGD-10, in 1/255")
     parser.add_argument("--sigmas", nargs="*", type=float, default=SIGMAS, help="of the noise on the weights")
     parser.add_argument("--data", help="folder of the data set, if it has moved")

@@ -16,7 +16,8 @@ NAMES |= {"warm-start": "Warm start", "sp": "S&P", "llf": "LLF", "lure": "LURE",
 NAMES |= {"rifle": "RIFLE", "dash": "DASH", "fire": "FIRE"}
 NAMES |= {"fisher": "LURE by Fisher", "magnitude": "LURE by magnitude", "random": "LURE by chance"}
 MEASURED = {
-    ".metrics.json": ("ece", "reliability", "pgd", "weight_noise", "redrawing"),
+    ".metrics.json": ("ece", "reliability", "weight_noise", "redrawing"),
+    ".attack.json": ("pgd",),
     ".corruptions.json": ("corruptions", "images_per_severity"),
 }
 SIZES = ("limit", "limit_test", "shots", "image_size")  # these change the data

@@ -167,13 +167,15 @@ def command(run: Run, asked: argparse.Namespace) -> str:
 
 def measured(name: str, runs: list[Run]) -> dict[Run, str]:
     """The runs of which a table shows more than their records: the ending of the file that it is in."""
-    if name == "figure2":
-        return dict.fromkeys(runs, ".corruptions.json")
+    endings = {"figure2": "corruptions", "figure3": "attack", "figure4": "metrics", "figure5": "metrics"}
     if name == "forgetting":
-        runs = [run for run in runs if run.row in ("lure", "lure replay=none")]
-    elif name not in ("figure3", "figure4", "figure5"):
+        return {run: ".metrics.json" for run in runs if run.row in ("lure", "lure replay=none")}
+    if name not in endings:
         return {}
-    return {run: ".metrics.json" for run in runs if not re.search("mega-batches|label-noise", run.row)}
+    clean = [
+        run for run in runs if not re.search("mega-batches|label-noise", run.row)
+    ]  # of figure 3, one half
+    return dict.fromkeys(clean, f".{endings[name]}.json")
 
 
 def needed(tables: list[str], runs: dict, missing: list[str], asked: argparse.Namespace) -> list[str]:
@@ -214,9 +216,12 @@ def rules(tables: list[str], asked: argparse.Namespace) -> str:
         rule[path] = ("prepare", [call])
         # A record may be there without its checkpoint, which is not kept in git: then the run is made again.
         rule[path.replace(".json", ".pt")] = (path, [f"[ -e $@ ] || {call}"])
+    how = {
+        "corruptions": f" --corruptions {shlex.quote(asked.cifar10c or 'CIFAR10C')}",
+        "attack": " --attack",
+    }
     for path, checkpoint in also.items():
-        corruptions = f" --corruptions {shlex.quote(asked.cifar10c or 'CIFAR10C')}"
-        more = corruptions if path.endswith(".corruptions.json") else ""
+        more = how.get(path.split(".")[-2], "")
         rule[path] = (checkpoint, [f"{threads} {asked.python} evaluate.py{more} {checkpoint}"])
     reports = [f"{asked.python} -m experiments.report {' '.join(map(shlex.quote, asked.words))}"]
     missing = [] if asked.incomplete else missing

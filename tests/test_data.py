@@ -210,9 +210,10 @@ def test_the_real_images_train_and_are_measured(real, tmp_path):
     assert totals["test_accuracy"] > 15  # chance is 10
     few = ["--epsilons", "4", "--sigmas", "0.01", "--cache", str(tmp_path / "cache")]
     corruptions = ["--corruptions", str(real / "cifar10c-sample")]
-    for more in ([], corruptions):
-        assert evaluate.main(["metrics", str(tmp_path / "lure-1.pt"), *few, *more]) == 0
+    for more in ([], ["--attack"], corruptions):
+        assert evaluate.main([str(tmp_path / "lure-1.pt"), *few, *more]) == 0
     corrupted = json.loads((tmp_path / "lure-1.corruptions.json").read_text())["corruptions"]
     assert len(corrupted) == 19 + 1 and 5 < corrupted["mean"] < 100
     found = json.loads((tmp_path / "lure-1.metrics.json").read_text())
-    assert found["pgd"]["4/255"] < found["accuracy"]
+    attacked = json.loads((tmp_path / "lure-1.attack.json").read_text())["pgd"]
+    assert attacked["4/255"] < found["accuracy"]

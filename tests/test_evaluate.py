@@ -248,15 +248,16 @@ def test_weight_noise_puts_the_model_back_when_it_fails():
 
 def test_metrics_of_a_checkpoint(folder, tmp_path, capsys):
     record = json.loads((folder / "lure-1.json").read_text())
-    options = ["--epsilons", "0", "8", "--sigmas", "0", "0.02"]
+    options = ["--sigmas", "0", "0.02"]
     assert evaluate.main([str(folder / "lure-1.pt"), *options]) == 0
     found = json.loads((folder / "lure-1.metrics.json").read_text())
     assert found["accuracy"] == pytest.approx(record["totals"]["test_accuracy"])
     assert found["ece"] == pytest.approx(record["totals"]["ece"], abs=1e-6)
-    assert (
-        found["pgd"]["0/255"] == pytest.approx(found["accuracy"])
-        and found["pgd"]["8/255"] <= found["accuracy"]
-    )
+    attack = ["--attack", "--epsilons", "0", "8"]
+    assert evaluate.main([str(folder / "lure-1.pt"), *attack]) == 0
+    attacked = json.loads((folder / "lure-1.attack.json").read_text())
+    assert attacked["pgd"]["0/255"] == pytest.approx(found["accuracy"]) and "ece" not in attacked
+    assert attacked["pgd"]["8/255"] <= found["accuracy"] and "pgd" not in found
     assert found["command"].startswith("python evaluate.py ") and found["command"].endswith("0 0.02")
     assert found["data"]["test"] == 60 and found["versions"]["torch"] == torch.__version__
     assert sum(found["reliability"]["count"]) == 60 and "corruptions" not in found
@@ -344,7 +345,7 @@ def test_weight_noise_is_measured_on_what_was_trained_on_and_pi_is_drawn_from_it
     model, config = evaluate.load_checkpoint(folder / "lure-1.pt", torch.device("cpu"))
     data = lure.load_dataset("digits", limit=120, limit_test=60)
     config["label_noise"] = 0.5
-    evaluate.clean_metrics(model, data, config, [1], [0])
+    evaluate.clean_metrics(model, data, config, [0])
     of_run = lure.Config(dataset="digits", limit=120, limit_test=60, mega_batches=2, label_noise=0.5)
     labels, stream = lure.draw_stream(of_run, data)
     trained = torch.cat([batch.new for batch in stream])

@@ -493,5 +493,5 @@ def test_what_the_readme_names_is_there():
     targets = re.findall(r"^([a-z0-9-]+):.*  ## ", (ROOT / "Makefile").read_text(), re.M) + TARGETS
     assert set(re.findall(r"`make ([a-z][a-z0-9-]*)", README)) <= set(targets)
     options = {"--" + f.name.replace("_", "-") for f in fields(baselines.Config)}
-    options |= {"--corruptions", "--epsilons", "--sigmas", "--help"}
+    options |= {"--corruptions", "--attack", "--epsilons", "--sigmas", "--help"}
     assert set(re.findall(r"`(--[a-z-]+)", README)) <= options

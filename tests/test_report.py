@@ -137,7 +137,7 @@ def test_figures_of_what_metrics_measured(folder, tmp_path):
     for path in files:
         checkpoint = path.with_suffix(".pt")
         checkpoint.write_bytes((folder / checkpoint.name).read_bytes())
-        assert evaluate.main([str(checkpoint)]) == 0
+        assert evaluate.main([str(checkpoint)]) == evaluate.main([str(checkpoint), "--attack"]) == 0
         measured = json.loads(path.with_suffix(".metrics.json").read_text())
         shade = 30.0 + int(path.stem[-1])  # the colour that CIFAR-10-C has, digits have not
         corruptions = {name: [shade] * 5 for name in evaluate.CORRUPTIONS} | {"mean": shade}
@@ -158,7 +158,7 @@ def test_figures_of_what_metrics_measured(folder, tmp_path):
     of = [json.loads((runs / f"lure-{seed}.metrics.json").read_text()) for seed in (1, 2)]
     ece, attack, clean, noisy = (
         [100 * m["ece"] for m in of],
-        [m["pgd"]["2/255"] for m in of],
+        [json.loads((runs / f"lure-{seed}.attack.json").read_text())["pgd"]["2/255"] for seed in (1, 2)],
         [m["weight_noise"]["0"] for m in of],
         [m["weight_noise"]["0.01"] for m in of],
     )
@@ -184,7 +184,7 @@ def test_the_measurements_of_another_run_are_refused(folder, tmp_path):
     runs = copy(folder, tmp_path)
     for seed in (1, 2):
         (runs / f"lure-{seed}.pt").write_bytes((folder / f"lure-{seed}.pt").read_bytes())
-    assert evaluate.main([str(runs / "lure-2.pt"), "--epsilons", "1", "--sigmas", "0"]) == 0
+    assert evaluate.main([str(runs / "lure-2.pt"), "--sigmas", "0"]) == 0
     (runs / "lure-2.metrics.json").rename(runs / "lure-1.metrics.json")
     with pytest.raises(DataError, match=r"lure-1.metrics.json: .*it is of another run"):
         render(tmp_path / "table.md", [runs])
@@ -344,7 +344,7 @@ def test_forgetting_is_reported_around_each_forgetting_and_by_tensor(folder, tmp
     for seed in (1, 2):
         name = f"lure-{seed}.pt"
         (runs / name).write_bytes((folder / name).read_bytes())
-        assert evaluate.main([str(runs / name), "--epsilons", "--sigmas"]) == 0
+        assert evaluate.main([str(runs / name), "--sigmas"]) == 0
     text = render(out, [runs / f"{m}-{s}.json" for m in ("warm-start", "lure") for s in (1, 2)])
     head, _, warm, ours, shares_head, _, *shares = rows_of(text)
     rows = [json.loads((runs / f"lure-{s}.json").read_text())["mega_batches"] for s in (1, 2)]
