@@ -172,9 +172,8 @@ def measured(name: str, runs: list[Run]) -> dict[Run, str]:
         return {run: ".metrics.json" for run in runs if run.row in ("lure", "lure replay=none")}
     if name not in endings:
         return {}
-    clean = [
-        run for run in runs if not re.search("mega-batches|label-noise", run.row)
-    ]  # of figure 3, one half
+    # Of figure 3, one half is table9.
+    clean = [run for run in runs if not re.search("mega-batches|label-noise", run.row)]
     return dict.fromkeys(clean, f".{endings[name]}.json")
 
 
@@ -216,22 +215,19 @@ def rules(tables: list[str], asked: argparse.Namespace) -> str:
         rule[path] = ("prepare", [call])
         # A record may be there without its checkpoint, which is not kept in git: then the run is made again.
         rule[path.replace(".json", ".pt")] = (path, [f"[ -e $@ ] || {call}"])
-    how = {
-        "corruptions": f" --corruptions {shlex.quote(asked.cifar10c or 'CIFAR10C')}",
-        "attack": " --attack",
-    }
+    corruptions = f"--corruptions {shlex.quote(asked.cifar10c or 'CIFAR10C')} "
+    how = {"corruptions": corruptions, "attack": "--attack ", "metrics": ""}
     for path, checkpoint in also.items():
-        more = how.get(path.split(".")[-2], "")
-        rule[path] = (checkpoint, [f"{threads} {asked.python} evaluate.py{more} {checkpoint}"])
+        more = how[path.split(".")[-2]]
+        rule[path] = (checkpoint, [f"{threads} {asked.python} evaluate.py {more}{checkpoint}"])
     reports = [f"{asked.python} -m experiments.report {' '.join(map(shlex.quote, asked.words))}"]
     missing = [] if asked.incomplete else missing
     rule["all"] = (" ".join(missing), reports)
     lines = ["equals := =", ".PHONY: all prepare"]
     for path, (before, recipe) in rule.items():
         if path.endswith(".pt") or path in missing or path in ("all", "prepare"):
-            head = f"{path}: | {before}".replace(
-                "=", "$(equals)"
-            )  # else Make would take it for an assignment
+            # Make would take a line with "=" for an assignment.
+            head = f"{path}: | {before}".replace("=", "$(equals)")
             lines += [head, *(f"\t{line}" for line in recipe)]
     return "\n".join(lines) + "\n"
 
