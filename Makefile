@@ -64,7 +64,7 @@ test-oldest: .venv-oldest/installed  ## the same with the oldest torch and torch
 	sed -e 's/^torch>=/torch==/' -e 's/^torchvision>=/torchvision==/' requirements.txt > .venv-oldest/requirements.txt
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check --requirement .venv-oldest/requirements.txt
 	touch $@
-coverage: $(READY)  ## the branches of lure.py, baselines.py and evaluate.py that the tests reach
+coverage: $(READY)  ## the branches that the tests reach, but for bench.py
 	$(PYTHON) -m coverage run -m pytest -q $(ARGS) tests
 	$(PYTHON) -m coverage combine --quiet
 	$(PYTHON) -m coverage report

@@ -61,8 +61,6 @@ MAIN = [
     Column("Image passes", ("totals", "image_passes"), 0),
     Column("Training, s", ("totals", "seconds"), 0),
 ]
-
-
 ATTACKS = [Column(f"At ε = {e}/255, %", ("pgd", f"{e}/255"), paired=e == 2) for e in EPSILONS]
 NOISES = [Column("Without noise, %", ("weight_noise", "0"))]
 NOISES += [Column(f"Drop at σ = {s}, points", ("noise_drop", f"{s}"), paired=s == 0.02) for s in SIGMAS[1:]]
@@ -120,7 +118,7 @@ def table(rows: list[Row], columns: list[Column], published: list[dict]) -> str:
     for column in columns:
         head += [column.title] + ["paper"] * (column in printed)
         head += [f"{column.title.split(',')[0]} − warm start's [95 %]"] * column.paired
-    lines = [head, [":---"] + ["---:"] * (len(head) - 1)]
+    lines = []
     for row, p in entries:
         n, shown = len(row.records), [row.options.get(key) for key in options]
         cells = [
@@ -139,7 +137,12 @@ def table(rows: list[Row], columns: list[Column], published: list[dict]) -> str:
                 differences = paired(row, warm_start, *column.path) if warm_start else []
                 cells.append(with_interval(differences, column.digits) if differences else "–")
         lines.append(cells)
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    return markdown(head, lines)
+
+
+def markdown(head: list[str], lines: list[list[str]]) -> str:
+    rule = [":---"] + ["---:"] * (len(head) - 1)
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, rule, *lines))
 
 
 CLAIMS = (
@@ -175,12 +178,11 @@ def report(out: Path, runs: list[tuple[str, Path]], incomplete: bool = False) ->
         if not measured and incomplete:
             continue
         if not measured:
-            source = "newer runs measure" if name == "forgetting" else "evaluate.py measures"
-            raise DataError(f"{missing[0]}: expected what {source}")
+            who = "newer runs measure" if name == "forgetting" else "evaluate.py measures"
+            raise DataError(f"{missing[0]}: expected what {who}")
         if name in FIGURES:
-            draw(
-                name, out.with_name(f"{name}-{dataset}.png"), f"({scale}, {title})", measured, printed, others
-            )
+            where = f"({scale}, {title})"
+            draw(name, out.with_name(f"{name}-{dataset}.png"), where, measured, printed, others)
         parts.append(f"{caption(title, measured, columns)}\n\n{table(measured, columns, printed)}")
         parts += [shares_table(measured)] * (name == "forgetting")
         parts += [f"Not measured: {', '.join(f'`{path.stem}`' for path in missing)}.\n"] * bool(missing)
@@ -194,13 +196,12 @@ def report(out: Path, runs: list[tuple[str, Path]], incomplete: bool = False) ->
     return text or f"nothing has been measured yet for {name}"
 
 
-def draw(
-    name: str, path: Path, where: str, measured: list[Row], printed: list[dict], others: list[Row]
-) -> None:
+def draw(name: str, path: Path, where: str, *rows) -> None:
+    """Draw what FIGURES has of that name, of the rows that it takes, and write it."""
     from matplotlib.figure import Figure
 
     figure = Figure(layout="constrained")
-    FIGURES[name](figure, measured, printed, others)
+    FIGURES[name](figure, *rows)
     figure.suptitle(f"{headline(name)} {where}", fontsize=9)
     lure.write(path, partial(figure.savefig, format="png", dpi=130))
 
@@ -208,10 +209,13 @@ def draw(
 def shares_table(rows: list[Row]) -> str:
     """Markdown: the share of each weight tensor that was redrawn, for the rows that redraw by a mask."""
     rows = [row for row in rows if row.values("shares")]
-    lines = [["Redrawn of, %", *(row.label for row in rows)], [":---"] + ["---:"] * len(rows)]
-    for name in rows[0].values("shares")[0] if rows else ():
-        lines.append([name.removesuffix(".weight"), *(spread(row.values("shares", name), 1) for row in rows)])
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines) if rows else ""
+    if not rows:
+        return ""
+    lines = [
+        [name.removesuffix(".weight"), *(spread(row.values("shares", name), 1) for row in rows)]
+        for name in rows[0].values("shares")[0]
+    ]
+    return markdown(["Redrawn of, %", *(row.label for row in rows)], lines)
 
 
 def headline(name: str) -> str:

@@ -20,6 +20,7 @@ class Table(NamedTuple):
     methods: tuple = ()  # each of them, or of those asked for,
     options: tuple = ("",)  # with each of these
     besides: tuple = ()  # and these rows
+    also: str = ""  # and what this table has
 
 
 def with_each(options: str, more: tuple) -> tuple:
@@ -37,7 +38,6 @@ NOISE = ("", "label-noise=0.2", "label-noise=0.4")
 def scale(four: str, buffer: str, long, shots, archs, rates, epochs, besides: tuple, compared: tuple) -> dict:
     """All tables; those in which 8 mega-batches are not needed have `four`."""
     metrics = Table(COMPARED)
-    noisy = Table(PAPER, with_each(four, NOISE))
     return {
         "table1": Table(COMPARED, besides=besides),
         "table2": Table(COMPARED, (buffer,)),
@@ -47,9 +47,9 @@ def scale(four: str, buffer: str, long, shots, archs, rates, epochs, besides: tu
         "table6": Table(compared, archs),
         "table7": Table(besides=SHARES),
         "table8": Table(CRITERIA, (four,)),
-        "table9": noisy,
+        "table9": Table(PAPER, with_each(four, NOISE)),
         "figure2": metrics,
-        "figure3": metrics,  # and table9
+        "figure3": metrics._replace(also="table9"),
         "figure4": metrics,
         "figure5": metrics,
         "figure6": Table(compared, with_each(four, rates)),
@@ -123,7 +123,13 @@ class Run(NamedTuple):
 
 
 def planned(name: str, asked: argparse.Namespace) -> list[Run]:
-    """The runs of a table, seed by seed, each row for each data set before the next seed."""
+    """The runs of a table, and of the one that it also has."""
+    also = SCALES[asked.scale][name].also
+    return own(name, asked) + (own(also, asked) if also else [])
+
+
+def own(name: str, asked: argparse.Namespace) -> list[Run]:
+    """The runs of a table itself, seed by seed, each row for each data set before the next seed."""
     table = SCALES[asked.scale][name]
     methods = [method.replace("+", " ") for method in asked.methods]
     if table.methods:
@@ -132,8 +138,7 @@ def planned(name: str, asked: argparse.Namespace) -> list[Run]:
     else:
         rows = [row for row in table.besides if not methods or row.split()[0] in methods]
     seeds = asked.seeds or (["1"] if (asked.scale, name) in ONE_SEED else ["1", "2", "3"])
-    runs = [Run(row, d, seed) for seed in seeds for d in datasets(name, asked) for row in rows]
-    return runs + (planned("table9", asked) if name == "figure3" and "table9" in SCALES[asked.scale] else [])
+    return [Run(row, d, seed) for seed in seeds for d in datasets(name, asked) for row in rows]
 
 
 def datasets(name: str, asked: argparse.Namespace) -> list[str]:
@@ -166,18 +171,14 @@ def command(run: Run, asked: argparse.Namespace) -> str:
 
 
 def measured(name: str, runs: list[Run]) -> dict[Run, str]:
-    """The runs of which a table shows more than their records: the ending of the file that it is in."""
+    """Of a table's own runs, those of which it shows more than records: the ending of the file of that."""
     endings = {"figure2": "corruptions", "figure3": "attack", "figure4": "metrics", "figure5": "metrics"}
     if name == "forgetting":
         return {run: ".metrics.json" for run in runs if run.row in ("lure", "lure replay=none")}
-    if name not in endings:
-        return {}
-    # Of figure 3, one half is table9.
-    clean = [run for run in runs if not re.search("mega-batches|label-noise", run.row)]
-    return dict.fromkeys(clean, f".{endings[name]}.json")
+    return dict.fromkeys(runs, f".{endings[name]}.json") if name in endings else {}
 
 
-def needed(tables: list[str], runs: dict, missing: list[str], asked: argparse.Namespace) -> list[str]:
+def needed(runs: dict, missing: list[str], asked: argparse.Namespace) -> list[str]:
     """Before the runs: the shell's lines that say what was not given, or load each data set once."""
     coming = {d: where(d, asked) for d in dict.fromkeys(run.dataset for run in runs)}
     lack = []
@@ -198,18 +199,17 @@ def needed(tables: list[str], runs: dict, missing: list[str], asked: argparse.Na
     ]
 
 
-def rules(tables: list[str], asked: argparse.Namespace) -> str:
+def rules(asked: argparse.Namespace) -> str:
     """A makefile: `all` renders the tables, after what is missing of their runs and measurements."""
-    plans = {name: planned(name, asked) for name in tables}
-    paths = {run: run.path(asked.out) for runs in plans.values() for run in runs}
+    paths = {run: run.path(asked.out) for name in asked.tables for run in planned(name, asked)}
     also = {
-        path.replace(".json", ending): path.replace(".json", ".pt")
-        for name, runs in plans.items()
-        for path, ending in ((paths[run], e) for run, e in measured(name, runs).items())
+        paths[run].replace(".json", ending): paths[run].replace(".json", ".pt")
+        for name in asked.tables
+        for run, ending in measured(name, own(name, asked)).items()
     }
     missing = [path for path in (*paths.values(), *also) if not os.path.exists(path)]
     threads = f"OMP_NUM_THREADS={max(1, (os.cpu_count() or 1) // asked.jobs)}"
-    rule = {"prepare": ("", needed(tables, paths, missing, asked))}
+    rule = {"prepare": ("", needed(paths, missing, asked))}
     for run, path in paths.items():
         call = f"{threads} {asked.python} baselines.py {command(run, asked)}"
         rule[path] = ("prepare", [call])
@@ -257,5 +257,4 @@ def arguments(words: list[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    asked = arguments(sys.argv[1:])
-    print(rules(asked.tables, asked), end="")
+    print(rules(arguments(sys.argv[1:])), end="")

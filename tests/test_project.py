@@ -323,6 +323,50 @@ def test_tables_share_the_runs_that_are_the_same(checkout):
     assert set(together) == set.union(*files.values())
 
 
+def test_the_rules_are_of_what_is_missing_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = [
+        "figure3",
+        "--scale",
+        "small",
+        "--data",
+        "x/cifar10-jpeg",
+        "--methods=lure",
+        "--seeds=1 2",
+        "--jobs=9",
+    ]
+    folder = tmp_path / "results" / "small" / "cifar10-jpeg"
+    folder.mkdir(parents=True)
+    for name in ("lure-1.json", "lure-1.attack.json", "lure-2.json"):
+        (folder / name).touch()
+    text = tables.rules(tables.arguments(words)).replace("$(equals)", "=")
+    rule = {line.split(":")[0]: line for line in text.splitlines() if ": | " in line}
+    noisy = [
+        f"lure+mega-batches=4+limit=1136{noise}" for noise in ("", "+label-noise=0.2", "+label-noise=0.4")
+    ]
+    missing = {f"{row}-{seed}.json" for row in noisy for seed in (1, 2)} | {"lure-2.attack.json"}
+    assert {Path(path).name for path in rule["all"].split()[2:]} == missing
+    assert {Path(path).name for path in rule if path.endswith(".json")} == missing
+    assert rule[f"{folder.relative_to(tmp_path)}/lure-2.attack.json"].endswith("/lure-2.pt")
+    assert "OMP_NUM_THREADS=1 " in text and "evaluate.py --attack results/small" in text
+    asked = tables.arguments([*words, "--incomplete"])
+    assert "\nall: | \n" in tables.rules(asked)  # to render what is there, nothing is run
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["table1", "--scale", "large"], "SCALE: expected"),
+        (["table10"], "table10: SCALE=paper does not have it"),
+    ],
+)
+def test_what_there_is_no_table_of_is_one_line(words, told, capsys):
+    with pytest.raises(SystemExit) as refusal:
+        tables.arguments(words)
+    error = capsys.readouterr().err
+    assert refusal.value.code == 2 and error.startswith(told) and error.count("\n") == 1
+
+
 def test_the_small_scale_and_what_narrows_a_table(checkout):
     runs, _ = planned(checkout, "reproduce-table1", "SCALE=small", "DATA=photos/cifar10-jpeg")
     assert len(runs) == 10 * 3 and "results/small/cifar10-jpeg/warm-start+gamma=1-2.json" in runs
