@@ -250,8 +250,8 @@ def caption(title: str, rows: list[Row], columns: list[Column]) -> str:
 INTRODUCTION = """# Results
 
 Written by `make overview` from the reports in `paper`, `narrow`, `small` and `precision`, as far as they have
-been measured; the speed of the loop is in [`bench`](bench). Every run is a file,
-`SCALE/DATASET/ROW-SEED.json`.
+been measured; the speed of the loop is in [`bench`](bench), since most runs shared their cores with others.
+Every run is a file, `SCALE/DATASET/ROW-SEED.json`.
 
 ## The paper's claims
 
