@@ -3,13 +3,12 @@
     python baselines.py --method sp --dataset digits --arch small --mega-batches 4 --epochs 10
     python baselines.py --method dash --set alpha=0.3 floor=0.1 --dataset cifar10 --out dash-1.json
 
-Every method has the signature that `lure.run` documents, `method_(model, pi, upcoming, fresh, generator)` and
-settings of its own: it changes the model in place between two mega-batches and returns its mask (True: kept)
-or None.
+Every method has the signature of `lure.lure_`, which tells what it gets and does, and settings of its own.
 """
 
 import contextlib
 import inspect
+import math
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lure
+from experiments import runs
 
 
 # ------------------------------------------------------------ Everything or nothing
@@ -57,7 +57,6 @@ def dash_(model, pi, upcoming, fresh, generator, alpha=0.3, floor=0.3) -> None:
     for images, labels in upcoming():
         for g, gradient in zip(momentum, loss_gradient(model, parameters, images, labels), strict=True):
             g.mul_(1 - alpha).sub_(gradient, alpha=alpha)
-    lure.average_(momentum)
     with torch.no_grad():
         for p, g in zip(parameters, momentum, strict=True):
             groups = p.shape[:2] if p.ndim == 4 else p.shape[:1] if p.ndim == 2 else (1,)
@@ -116,6 +115,28 @@ def redraw_layers_(model, new, prefixes: tuple[str, ...]) -> None:
                 p.copy_(q)
 
 
+def knowledge_evolution_(model, pi, upcoming, fresh, generator, split=0.8) -> dict[str, Tensor]:
+    """Redraw the same part of every layer each time (KE, Taha et al. 2021, arXiv 2103.05152).
+
+    KELS, which is a function of the shapes alone, so that nothing has to be remembered: it keeps the kernels
+    from the first ⌈split · in⌉ inputs to the first ⌈split · out⌉ outputs of a convolution, from all inputs of
+    the first one, to all outputs of the classifier. (WELS would keep weights drawn at random, once for all.)
+    """
+    layers = [(n, m.weight) for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    mask = {}
+    for i, (name, weight) in enumerate(layers):
+        outputs, inputs = (math.ceil(split * size) for size in weight.shape[:2])
+        kept = torch.zeros_like(weight, dtype=torch.bool)
+        kept[: outputs if i + 1 < len(layers) else None, : inputs if i > 0 else None] = True
+        mask[f"{name}.weight"] = kept
+    new = dict(fresh().named_parameters())
+    with torch.no_grad():
+        for name, kept in mask.items():
+            p = model.get_parameter(name)
+            p.copy_(torch.where(kept, p, new[name]))
+    return mask
+
+
 # ------------------------------------------------------------ LURE with another criterion (Table 8)
 def fisher_(model, pi, upcoming, fresh, generator, keep=0.8, chunk=1) -> dict[str, Tensor]:
     """LURE with the empirical Fisher information as its criterion (FIM in Table 8)."""
@@ -161,7 +182,6 @@ def connections(model) -> dict[str, Tensor]:
 
 
 def keep_top_(model, scores, keep, generator) -> dict[str, Tensor]:
-    lure.average_(scores.values())
     mask = lure.top_k_mask(scores, keep)
     lure.reinitialize_(model, mask, generator)
     return mask
@@ -193,13 +213,14 @@ def evaluating(model: nn.Module):
 
 # ------------------------------------------------------------ Command line
 
-METHODS: dict[str, lure.Method] = {
+METHODS: dict[str, runs.Method] = {
     "warm-start": warm_start,
     "llf": later_layer_forgetting_,
     "sp": shrink_and_perturb_,
     "lure": lure.lure_,
     "scratch": scratch_,
     "rifle": reset_classifier_,
+    "ke": knowledge_evolution_,
     "dash": dash_,
     "fire": fire_,
     "fisher": fisher_,
@@ -209,17 +230,16 @@ METHODS: dict[str, lure.Method] = {
 
 
 @dataclass(frozen=True)
-class Config(lure.Config):
+class Config(runs.Config):
     method: str = lure.option("warm-start", "what to do between mega-batches", tuple(METHODS))
     set: tuple[str, ...] = lure.option((), "the method's own settings, as in --set shrink=0.4 noise=0.1")
 
 
-def method(config: Config) -> lure.Method:
-    """The method that the configuration names, with its own settings. ValueError for one it does not have."""
+def method(config: Config) -> runs.Method:
+    """The method that the configuration names, with its settings. ValueError for one it does not have."""
     function = METHODS[config.method]
     own = {name: p.default for name, p in list(inspect.signature(function).parameters.items())[5:]}
-    own.pop("keep", None)  # that is an option of its own, which `lure.run` hands over
-    given: dict = {}
+    given: dict = {"keep": config.keep} if own.pop("keep", None) else {}  # an option of its own
     for setting in config.set:
         key, _, text = setting.partition("=")
         if key not in own:
@@ -237,7 +257,7 @@ def method(config: Config) -> lure.Method:
 
 
 def main(argv=None) -> int:
-    return lure.main(argv, Config, method)
+    return runs.main(argv, __doc__.split("\n")[0], Config, method)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,11 @@ from torch import Tensor, nn
 
 import lure
 from baselines import evaluating, fisher_information, magnitudes, random_scores
-from lure import DataError, expected_calibration_error
+from experiments import runs
+from experiments.command import Parser, guarded
+from experiments.data import DataError, load_dataset
+from experiments.files import load, provenance, write
+from lure import Dataset, expected_calibration_error
 
 
 # ------------------------------------------------------------ Metrics (sections 6 and 7)
@@ -124,14 +128,14 @@ def weight_noise_accuracy(model, images, labels, sigmas, repeats=3, generator=No
     """
     results = []
     for sigma in sigmas:
-        runs = []
+        found = []
         for _ in range(repeats):
             with restored(model), torch.no_grad():
                 for p in model.parameters():
                     noise = torch.randn(p.shape, generator=generator, device=(generator or p).device)
                     p.add_(sigma * noise.to(p))
-                runs.append(accuracy(model, images, labels))
-        results.append(statistics.fmean(runs))
+                found.append(accuracy(model, images, labels))
+        results.append(statistics.fmean(found))
     return results
 
 
@@ -168,29 +172,38 @@ def restored(model: nn.Module):
 
 
 # ------------------------------------------------------------ A checkpoint's metrics
-def load_checkpoint(path: Path, device: torch.device) -> tuple[nn.Module, dict]:
-    """The network and the configuration of a checkpoint that `lure.run` wrote. DataError if it is none."""
-    try:
-        checkpoint = lure.load(path)
-        config, classes = checkpoint["config"], checkpoint["classes"]
-        mean, std, *_ = lure.PREPROCESSING[config["dataset"]]
-        model = lure.build_model(config["arch"], len(classes), len(mean), mean, std)
-        model.load_state_dict(checkpoint["weights"])
-    except Exception as error:
-        kind = type(error).__name__
-        raise DataError(f"{path}: expected a checkpoint that --checkpoint wrote ({kind})") from error
-    return model.to(device, memory_format=torch.channels_last), config | {"classes": classes}
-
-
 def metrics(path: Path, args: argparse.Namespace) -> dict:
-    """A checkpoint's calibration, weight noise and redrawing, or its accuracy under PGD or corruptions."""
+    """A checkpoint's calibration, weight noise and redrawing, or its accuracy under PGD or corruptions.
+
+    DataError for a file that is no checkpoint of `runs.recorded`, or of other data.
+    """
     device = lure.pick_device(args.device)
-    model, config = load_checkpoint(path, device)
-    sizes = {key: config[key] for key in ("image_size", "limit", "limit_test", "shots")}
-    data = lure.load_dataset(config["dataset"], args.data or config["data"], args.cache, **sizes)
-    if data.classes != config["classes"]:
-        raise DataError(f"{path}: was trained on other classes than those of {args.data or config['data']}")
-    result = {"config": config, **lure.provenance(["evaluate.py", *args.argv], device, data)}
+    wrong = f"{path}: expected a checkpoint that --checkpoint wrote"
+    try:
+        checkpoint = load(path)
+        of_run = {
+            f.name: checkpoint["config"][f.name]
+            for f in fields(runs.Config)
+            if f.name in checkpoint["config"]
+        }
+        config, classes, weights = runs.Config(**of_run), checkpoint["classes"], checkpoint["weights"]
+    except Exception as error:  # a foreign file can make this raise anything
+        raise DataError(f"{wrong} ({type(error).__name__})") from error
+    folder, sizes = (
+        args.data or config.data,
+        (config.image_size, config.limit, config.limit_test, config.shots),
+    )
+    data = load_dataset(config.dataset, folder, args.cache, *sizes)
+    if data.classes != classes:
+        raise DataError(f"{path}: was trained on other classes than those of {folder}")
+    result = {"config": checkpoint["config"] | {"classes": classes}}
+    result |= provenance(["evaluate.py", *args.argv], device, data)
+    data = data.to(device)
+    model = lure.build_model(config.arch, data, torch.Generator())
+    try:
+        model.load_state_dict(weights)
+    except (RuntimeError, AttributeError, TypeError) as error:
+        raise DataError(f"{wrong} ({type(error).__name__})") from error
     if args.corruptions:
         result["corruptions"] = corruption_accuracy(model, args.corruptions)
         result["images_per_severity"] = len(load_array(args.corruptions / "labels.npy")) // 5
@@ -202,15 +215,13 @@ def metrics(path: Path, args: argparse.Namespace) -> dict:
         result |= clean_metrics(model, data, config, args.sigmas)
         target = path.with_suffix(".metrics.json")
     text = json.dumps(result, indent=1) + "\n"
-    lure.write(target, lambda file: file.write(text.encode()))
+    write(target, lambda file: file.write(text.encode()))
     return result
 
 
-def attacked_accuracy(model, data: lure.Dataset, epsilons) -> dict[str, float]:
+def attacked_accuracy(model, data: Dataset, epsilons) -> dict[str, float]:
     """Test accuracy under PGD-10 for each radius, in 1/255."""
-    device, result = next(model.parameters()).device, {}
-    images = lure.to_input(data.test_images.permute(0, 2, 3, 1).to(device))
-    labels = data.test_labels.to(device)
+    images, labels, result = lure.to_input(data.test_images), data.test_labels, {}
     for epsilon in epsilons:
         batches = zip(images.split(125), labels.split(125), strict=True)
         attacked = torch.cat([pgd_attack(model, x, y, epsilon / 255) for x, y in batches])
@@ -218,34 +229,28 @@ def attacked_accuracy(model, data: lure.Dataset, epsilons) -> dict[str, float]:
     return result
 
 
-def clean_metrics(model, data: lure.Dataset, config: dict, sigmas) -> dict:
+def clean_metrics(model, data: Dataset, config: runs.Config, sigmas) -> dict:
     """Test accuracy: clean, by confidence (ECE), after redrawing by criterion and share.
 
     By σ of weight noise, the accuracy on what the run trained on: the training parts of its mega-batches.
     """
-    device, seed = next(model.parameters()).device, config["seed"]
-    of_run = lure.Config(**{f.name: config[f.name] for f in fields(lure.Config)})
-    train_y, stream = lure.draw_stream(of_run, data)
-    trained = torch.cat([batch.new for batch in stream])
-    train_x, test_x = (
-        lure.to_input(x.permute(0, 2, 3, 1).to(device)) for x in (data.images[trained], data.test_images)
-    )
-    train_y, test_y = train_y[trained].to(device), data.test_labels.to(device)
+    data, stream = runs.draw_stream(config, data)
+    train_x, train_y = data.samples(torch.cat([batch.new for batch in dict.fromkeys(stream)]))
+    test_x, test_y = lure.to_input(data.test_images), data.test_labels
     probabilities = predict(model, test_x).softmax(1)
     result: dict = {"accuracy": 100 * probabilities.argmax(1).eq(test_y).double().mean().item()}
     result["ece"] = expected_calibration_error(probabilities, test_y)
     result["reliability"] = {k: v.tolist() for k, v in reliability_bins(probabilities, test_y).items()}
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(config.seed)
     noisy = weight_noise_accuracy(model, train_x, train_y, sigmas, generator=generator)
     result["weight_noise"] = {f"{s:g}": a for s, a in zip(sigmas, noisy, strict=True)}
-    drawn = torch.randperm(len(trained), generator=generator)[:1125]  # as many as the protocol's π
+    drawn = torch.randperm(len(train_y), generator=generator)[:1125]  # as many as the protocol's π
     redrawn = redrawing_accuracy(model, (train_x[drawn], train_y[drawn]), test_x, test_y, SHARES, generator)
-    return result | {
-        "redrawing": {
-            criterion: {f"{s:g}": a for s, a in zip(SHARES, by_share, strict=True)}
-            for criterion, by_share in redrawn.items()
-        }
+    result["redrawing"] = {
+        criterion: {f"{s:g}": a for s, a in zip(SHARES, by_share, strict=True)}
+        for criterion, by_share in redrawn.items()
     }
+    return result
 
 
 def summary(result: dict) -> str:
@@ -261,8 +266,8 @@ SHARES = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
 
 
 def main(argv=None) -> int:
-    """The command line; its status is that of `lure.main`."""
-    parser = lure.Parser(description=__doc__.split("\n")[0])
+    """The command line; its status is that of `runs.main`."""
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("paths", nargs="+", type=Path, metavar="CHECKPOINT")
     parser.add_argument("--corruptions", type=Path, help="folder of CIFAR-10-C: measure these instead")
     parser.add_argument("--attack", action="store_true", help="measure accuracy under PGD-10 instead")
@@ -273,7 +278,7 @@ def main(argv=None) -> int:
     parser.add_argument("--device", default="auto")
     args = parser.parse_args(argv)
     args.argv = sys.argv[1:] if argv is None else argv
-    return lure.guarded(parser.prog, lambda: [print(p, summary(metrics(p, args))) for p in args.paths])
+    return guarded(parser.prog, lambda: [print(p, summary(metrics(p, args))) for p in args.paths])
 
 
 if __name__ == "__main__":

@@ -2,13 +2,13 @@ import copy
 import json
 import math
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
-from conftest import examples
+from conftest import SMALL, examples, same, seeded, seeds, small_config, small_data, state, timeless
 from hypothesis import given
 from hypothesis import strategies as st
-from test_lure import learned, same, seeded, seeds, state
 from torch import nn
 
 import baselines
@@ -222,7 +222,8 @@ def test_fire_takes_ten_steps_spares_batch_norms_and_bears_zeros():
 
 
 def build(arch, seed):
-    return lure.build_model(arch, 4, generator=seeded(seed))
+    none = torch.empty(0, 8, 8, 3)
+    return lure.build_model(arch, lure.Dataset(none, none, none, none, [*"abcd"]), seeded(seed))
 
 
 def changed(method, arch):
@@ -276,6 +277,28 @@ def test_rifle_redraws_the_last_of_several_linear_layers():
     assert same(state(model), state(net(1)) | {"8.weight": net(2)[8].weight.detach()})
 
 
+@given(seeds, st.sampled_from([0.1, 0.5, 0.8, 1.0]) | st.floats(0.01, 1))
+def test_ke_redraws_what_no_first_input_leads_to_a_first_output(seed, split):
+    model, expected, new = net(seed), state(net(seed)), state(net(seed ^ 1))
+    mask = apply(baselines.knowledge_evolution_, model, fresh=partial(net, seed ^ 1), split=split)
+    for layer in ("0", "3", "6", "8"):
+        weight, fresh = (tensors[f"{layer}.weight"] for tensors in (expected, new))
+        outputs, inputs = weight.shape[:2]
+        for o, i in product(range(outputs), range(inputs)):
+            kept = (layer == "8" or o < split * outputs) and (layer == "0" or i < split * inputs)
+            assert (mask[f"{layer}.weight"][o, i] == kept).all()
+            weight[o, i] = weight[o, i] if kept else fresh[o, i]
+    assert same(state(model), expected) and len(mask) == 4
+
+
+def test_ke_splits_by_default_at_80_percent():
+    masks = [
+        apply(baselines.knowledge_evolution_, net(1), fresh=partial(net, 2), **s)
+        for s in ({}, {"split": 0.8})
+    ]
+    assert same(*masks)
+
+
 # ------------------------------------------------------------ LURE with another criterion
 
 
@@ -303,7 +326,7 @@ def check_redrawn(mask, model, before):
 def check_mask(mask, scores, keep, model, before):
     """Exactly the top k by the scores are kept, the others redrawn. The scores have no ties but zeros."""
     flat = [s for t in scores.values() for s in t.flatten().tolist()]
-    kept = set(sorted(range(len(flat)), key=lambda j: -flat[j])[: round(keep * len(flat))])
+    kept = set(sorted(range(len(flat)), key=lambda j: -flat[j])[: max(1, round(keep * len(flat)))])
     found = torch.cat([m.flatten() for m in mask.values()]).nonzero().flatten().tolist()
     assert set(found) == kept and list(mask) == list(scores)
     check_redrawn(mask, model, before)
@@ -360,7 +383,7 @@ def test_random_keeps_a_share_by_the_generator_alone(seed, keep, other):
     mask = apply(baselines.random_, model, seed=seed, keep=keep)
     flat = torch.cat([m.flatten() for m in mask.values()])
     assert mask.keys() == {n for n, p in model.named_parameters() if p.ndim >= 2}
-    assert int(flat.sum()) == round(keep * len(flat))
+    assert int(flat.sum()) == max(1, round(keep * len(flat)))
     assert same(mask, apply(baselines.random_, again, seed=seed, keep=keep))
     assert same(state(model), state(again))
     check_redrawn(mask, model, state(net(1)))
@@ -374,14 +397,6 @@ def test_random_keeps_every_weight_equally_often():
         for s in range(400)
     )
     assert (kept / 400 - 0.7).abs().max() < 4.5 * (0.21 / 400) ** 0.5
-
-
-@pytest.mark.parametrize("method", [*CRITERIA, baselines.dash_, lure.lure_])
-def test_what_is_computed_from_data_is_averaged_over_processes(method, monkeypatch):
-    averaged = []
-    monkeypatch.setattr(lure, "average_", lambda tensors: averaged.append([*tensors]))
-    apply(method, net(1), batch(1), [batch(1)])
-    assert [[*t.shape] for t in averaged[0] if t.ndim > 1] == [[3, 2, 3, 3], [4, 3, 2, 2], [5, 16], [3, 5]]
 
 
 def test_criteria_leave_frozen_weights_alone():
@@ -418,49 +433,7 @@ def test_the_loss_gradient_takes_64_images_at_a_time_as_many_labels_and_idle_par
         baselines.loss_gradient(model, parameters, images, labels[:64])
 
 
-# ------------------------------------------------------------ Command line
-
-TINY = dict(dataset="digits", arch="small", limit=120, limit_test=60, mega_batches=2, epochs=1, device="cpu")
-
-
-def call(*extra, **changes):
-    pairs = [x for k, v in (TINY | changes).items() for x in (f"--{k.replace('_', '-')}", str(v))]
-    return baselines.main([*pairs, *extra])
-
-
-def strict_json(text):
-    return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
-
-
-@pytest.fixture(scope="module")
-def records(tmp_path_factory):
-    """Exit status and record of one run of every method."""
-    folder, results = tmp_path_factory.mktemp("records"), {}
-    for name in baselines.METHODS:
-        out = folder / f"{name}.json"
-        results[name] = call(method=name, out=out), strict_json(out.read_text())
-    return results
-
-
-@pytest.mark.parametrize("name", baselines.METHODS)
-def test_every_method_runs_and_writes_its_totals(records, name):
-    status, record = records[name]
-    assert status == 0 and record["config"]["method"] == name
-    assert {"test_accuracy", "cer", "generalization_gap", "image_passes"} <= record["totals"].keys()
-    share = 0.2 if name in ("lure", "fisher", "magnitude", "random") else 0
-    assert [row.get("redrawn") or 0 for row in record["mega_batches"]] == pytest.approx([share, 0], abs=1e-5)
-
-
-@pytest.mark.parametrize("name", baselines.METHODS)
-def test_every_method_has_the_first_mega_batch_of_warm_start(records, name):
-    rows = [records[n][1]["mega_batches"][0] for n in (name, "warm-start")]
-    assert learned(rows[0]) == learned(rows[1])
-
-
-def test_lure_is_the_same_from_either_command(records, capsys):
-    assert lure.main([x for k, v in TINY.items() for x in (f"--{k.replace('_', '-')}", str(v))]) == 0
-    totals = strict_json(capsys.readouterr().out)
-    assert totals | dict(seconds=0) == records["lure"][1]["totals"] | dict(seconds=0)
+# ------------------------------------------------------------ Settings, command line
 
 
 @pytest.mark.parametrize(
@@ -477,48 +450,82 @@ def test_lure_is_the_same_from_either_command(records, capsys):
         ("warm-start", [], {}),
     ],
 )
-def test_settings_arrive_at_the_method(name, given_settings, expected):
-    received = []
-
-    def spy(*args, **own):
-        received.append(own)
-        return real(*args, **own)
-
-    real = baselines.METHODS[name]
-    spy.__wrapped__ = real  # its signature is the method's
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(baselines.METHODS, name, spy)
-        assert call("--set", *given_settings, method=name, keep=0.6) == 0
-    assert received == [expected] and all(type(received[0][k]) is type(v) for k, v in expected.items())
+def test_a_method_is_given_its_settings_and_the_share_to_keep_if_it_has_one(name, given_settings, expected):
+    method = baselines.method(baselines.Config(method=name, set=tuple(given_settings), keep=0.6))
+    assert method.func is baselines.METHODS[name] and method.keywords == expected and method.args == ()
+    assert all(type(method.keywords[k]) is type(v) for k, v in expected.items())
 
 
 @pytest.mark.parametrize(
     ("name", "setting", "told"),
     [
-        ("sp", "alpha=0.3", ["shrink, noise"]),
-        ("dash", "shrink=0.3", ["alpha, floor"]),
-        ("fire", "keep=0.5", ["steps"]),
-        ("fisher", "keep=0.5", ["chunk"]),
-        ("warm-start", "shrink=0.3", ["none"]),
-        ("sp", "shrink", ["shrink=<float>"]),
-        ("sp", "shrink=", ["shrink=<float>"]),
-        ("sp", "shrink=much", ["shrink=<float>"]),
-        ("fire", "steps=2.5", ["steps=<int>"]),
-        ("sp", "shrink=-0.1", ["from 0 to"]),
-        ("sp", "noise=nan", ["from 0 to"]),
-        ("sp", "noise=inf", ["from 0 to"]),
-        ("fire", "steps=-1", ["from 1 to"]),
-        ("fisher", "chunk=0", ["from 1 to"]),
+        ("sp", "alpha=0.3", "the settings of sp are: shrink, noise"),
+        ("dash", "shrink=0.3", "the settings of dash are: alpha, floor"),
+        ("fire", "keep=0.5", "the settings of fire are: steps"),
+        ("fisher", "keep=0.5", "the settings of fisher are: chunk"),
+        ("lure", "keep=0.5", "the settings of lure are: none"),
+        ("warm-start", "shrink=0.3", "the settings of warm-start are: none"),
+        ("sp", "shrink", "expected shrink=<float>"),
+        ("sp", "shrink=", "expected shrink=<float>"),
+        ("sp", "shrink=much", "expected shrink=<float>"),
+        ("fire", "steps=2.5", "expected steps=<int>"),
+        ("sp", "shrink=-0.1", "expected a number from 0 to 1e9"),
+        ("sp", "noise=nan", "expected a number from 0 to 1e9"),
+        ("sp", "noise=inf", "expected a number from 0 to 1e9"),
+        ("fire", "steps=-1", "expected a number from 1 to 1e9"),
+        ("fisher", "chunk=0", "expected a number from 1 to 1e9"),
     ],
 )
-def test_a_setting_that_cannot_be_is_one_line_and_status_2(name, setting, told, tmp_path, capsys):
-    assert call("--set", setting, method=name, out=tmp_path / "record.json") == 2
+def test_a_setting_that_cannot_be_is_refused_in_one_line(name, setting, told, tmp_path, capsys):
+    call = ["--method", name, "--set", setting, "--out", str(tmp_path / "record.json")]
+    assert baselines.main([*SMALL, *call]) == 2
     message = capsys.readouterr().err
-    assert setting in message and all(part in message for part in told)
-    assert message.count("\n") == 1 and not list(tmp_path.iterdir())
+    assert message.endswith(f": --set {setting}: {told}\n") and message.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_unknown_method_is_refused_with_the_names_of_all(capsys):
-    assert call(method="forget-it") == 2
+    with pytest.raises(SystemExit, match="2"):
+        baselines.main([*SMALL, "--method", "forget-it"])
     message = capsys.readouterr().err
     assert all(name in message for name in baselines.METHODS) and message.count("\n") == 1
+
+
+KEEP = ["--keep", "0.1"]  # of 8×8 pixels, most scores are zero: a larger share is the same by any criterion
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    """The record of one run of every method."""
+    folder = tmp_path_factory.mktemp("records")
+    for name in baselines.METHODS:
+        assert baselines.main([*SMALL, *KEEP, "--method", name, "--out", str(folder / f"{name}.json")]) == 0
+    refuse = lambda name: pytest.fail(f"{name} in JSON")  # noqa: E731
+    files = {name: (folder / f"{name}.json").read_text() for name in baselines.METHODS}
+    return {name: json.loads(text, parse_constant=refuse) for name, text in files.items()}
+
+
+@pytest.mark.parametrize("name", baselines.METHODS)
+def test_every_method_runs_and_redraws_its_share(records, name):
+    assert records[name]["config"]["method"] == name
+    assert {"test_accuracy", "cer", "generalization_gap"} <= records[name]["totals"].keys()
+    share = 0.9 if name in ("lure", "fisher", "magnitude", "random") else 0.348 if name == "ke" else 0
+    found = [row["redrawn"] or 0 for row in records[name]["mega_batches"]]
+    assert found == pytest.approx([share, 0], abs=1e-3)
+
+
+def learned(record):
+    """Its rows without times and without what came after learning."""
+    after = ("redrawn", "redrawn_by_tensor", "forgotten")
+    return [{k: v for k, v in row.items() if k not in after} for row in timeless(record["mega_batches"])]
+
+
+def test_every_method_has_the_first_mega_batch_of_warm_start_and_then_its_own(records):
+    first, second = zip(*map(learned, records.values()), strict=True)
+    assert all(row == first[0] for row in first)
+    assert len({json.dumps(row) for row in second}) == len(baselines.METHODS)
+
+
+def test_lure_among_the_methods_is_what_lure_runs_by_itself(records):
+    *_, last = lure.run(small_config(keep=0.1), small_data())
+    assert learned(records["lure"]) == timeless(last["mega_batches"])

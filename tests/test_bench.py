@@ -7,12 +7,14 @@ from functools import partial
 
 import pytest
 import torch
+from conftest import small_data
 
-import bench
 import lure
+from experiments import bench
+from experiments.runs import Config
 
 CPU = torch.device("cpu")
-SMALL = lure.Config(dataset="cifar10", arch="small", image_size=8, batch_size=16, device="cpu", lr=0.01)
+TINY = Config(arch="small", image_size=8, batch_size=16, lr=0.01)
 
 
 def test_the_benchmark_end_to_end(tmp_path, capsys, monkeypatch):
@@ -22,7 +24,7 @@ def test_the_benchmark_end_to_end(tmp_path, capsys, monkeypatch):
     assert bench.main([*argv, "--out", str(tmp_path)]) == 0
     path, shown = sorted(tmp_path.iterdir())
     result = json.loads(path.read_text())
-    assert result["command"].startswith("python bench.py --device cpu --images 40")
+    assert result["command"].startswith("python -m experiments.bench --device cpu --images 40")
     assert [row["batch_size"] for row in result["batch_sizes"]] == [32]
     resnet18, small = result["loops"]
     assert (resnet18["arch"], small["arch"]) == ("resnet18", "small")
@@ -82,42 +84,48 @@ def test_a_wrong_call_is_one_line(capsys):
 
 
 def test_both_loops_train_the_same_network_on_the_same_images():
-    plain = bench.plain(SMALL, 40, CPU, 0)
-    ours = bench.ours(SMALL, 40, CPU)
+    plain = bench.plain(TINY, 40, CPU, 0)
+    ours = bench.ours(TINY, 40, CPU)
     plain_model, _, loader, _ = plain.args
-    our_model, _, pixels, labels, train, *_ = ours.args
+    our_model, _, data, train, *_ = ours.args
     for p, q in zip(plain_model.parameters(), our_model.parameters(), strict=True):
         assert torch.equal(p, q)
     loader.dataset.transform.transforms = loader.dataset.transform.transforms[-1:]  # as they are, in order
     shown = [loader.dataset[i] for i in range(40)]
-    assert torch.equal(torch.stack([image for image, _ in shown]), lure.to_input(pixels))
-    assert [label for _, label in shown] == labels.tolist() and train.tolist() == list(range(40))
+    assert torch.equal(torch.stack([image for image, _ in shown]), lure.to_input(data.images))
+    assert [label for _, label in shown] == data.labels.tolist() and train.tolist() == list(range(40))
     before = [p.clone() for p in plain_model.parameters()]
     first, second = plain(), plain()
     assert second < first  # it learns
     assert not any(torch.equal(p, q) for p, q in zip(before, plain_model.parameters(), strict=True))
 
 
+def layout(tensor):
+    return tensor.dtype, [step for step, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
+
+
 def test_what_is_timed_is_what_a_run_runs(monkeypatch):
     """The network's and the data's layout and the optimizer's settings are those of `lure.run`."""
     ran, real = [], lure.train_epoch_
     monkeypatch.setattr(lure, "train_epoch_", lambda *args: ran.append(args) or real(*args))
-    config = replace(SMALL, dataset="digits", limit=60, limit_test=20, mega_batches=1, epochs=1)
-    lure.run(config)
-    ((model, optimizer, pixels, labels, train, *_),) = ran
-    timed = bench.ours(config, 60, CPU).args
+    config = replace(TINY, dataset="digits", mega_batches=1, epochs=1)
+    assert len([*lure.run(config, small_data())]) == 1
+    ((_, optimizer, data, *_),) = ran
+    timed = bench.ours(config, len(data.labels), CPU).args
     assert timed[1].defaults == optimizer.defaults
-    for p, q in zip(timed[0].parameters(), model.parameters(), strict=True):
-        assert p.stride() == q.stride() and p.dtype == q.dtype
-    assert [x.stride() for x in timed[2:5]] == [x.stride() for x in (pixels, labels, train)]
-    assert [x.dtype for x in timed[2:5]] == [x.dtype for x in (pixels, labels, train)]
+    used = [[*m.parameters(), *d[:2], i] for m, _, d, i, *_ in (timed, ran[0])]
+    assert [layout(tensor) for tensor in used[0]] == [layout(tensor) for tensor in used[1]]
+    assert (timed[2].padding, timed[2].flip) == (data.padding, data.flip)
 
 
-def test_unlearning_is_the_real_one():
-    scores = bench.sensitivity(SMALL, 20, CPU)()
+def test_unlearning_is_the_real_one(monkeypatch):
+    scores = bench.sensitivity(TINY, 20, CPU)()
     weights = sum(s.numel() for s in scores.values())
     assert float(sum(s.sum() for s in scores.values())) == pytest.approx(1, rel=1e-4)
-    assert bench.redrawing(SMALL, CPU)() == weights - round(0.8 * weights)
+    masks, real = [], lure.reinitialize_
+    monkeypatch.setattr(lure, "reinitialize_", lambda *args: masks.append(args[1]) or real(*args))
+    bench.redrawing(TINY, CPU)()
+    assert [sum(int(m.sum()) for m in mask.values()) for mask in masks] == [round(0.8 * weights)]
 
 
 def holding(mebibytes):

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 import torchattacks
+from conftest import same, seeded, small_config, small_data, state
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -13,6 +14,8 @@ from torch import nn
 import baselines
 import evaluate
 import lure
+from experiments import runs
+from experiments.data import DataError, load_dataset
 
 
 def network(seed=0):
@@ -21,13 +24,13 @@ def network(seed=0):
 
 
 def pictures(n=24, seed=0):
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     return torch.rand(n, 3, 8, 8, generator=generator), torch.randint(5, (n,), generator=generator)
 
 
 @given(st.integers(1, 60), st.integers(2, 6), st.integers(1, 20), st.integers(0, 2**30))
 def test_reliability_bins_are_those_of_the_calibration_error(n, classes, bins, seed):
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     probabilities = torch.randn(n, classes, generator=generator).mul(3).softmax(1)
     labels = torch.randint(classes, (n,), generator=generator)
     found = evaluate.reliability_bins(probabilities, labels, bins)
@@ -59,18 +62,15 @@ def test_reliability_bins_are_those_of_the_calibration_error(n, classes, bins, s
 def test_attack_stays_in_ball_and_box_and_leaves_the_model(epsilon, steps, step_size, start, training):
     model, (images, labels) = network().train(training), pictures()
     model[2].train(not training)
-    flags, before = (
-        [m.training for m in model.modules()],
-        {k: v.clone() for k, v in model.state_dict().items()},
-    )
+    flags, before = [m.training for m in model.modules()], state(model)
     original = images.clone()
-    generator = None if start is None else torch.Generator().manual_seed(start)
+    generator = None if start is None else seeded(start)
     attacked = evaluate.pgd_attack(model, images, labels, epsilon, steps, step_size, generator)
     assert not attacked.requires_grad and attacked.shape == images.shape and torch.equal(images, original)
     assert (attacked - images).abs().max() <= epsilon + 1e-6
     assert attacked.min() >= 0 and attacked.max() <= 1
     assert [m.training for m in model.modules()] == flags and all(p.grad is None for p in model.parameters())
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert same(state(model), before)
     if epsilon == 0:
         assert torch.equal(attacked, images)
 
@@ -110,9 +110,7 @@ def test_attack_finds_the_images_that_torchattacks_finds(epsilon, steps, share, 
 def test_attack_starts_uniformly_in_the_ball_with_a_generator():
     model, images = network(), torch.full((40, 3, 8, 8), 0.5)
     labels = torch.zeros(40, dtype=torch.int64)
-    draw = lambda seed: evaluate.pgd_attack(  # noqa: E731
-        model, images, labels, 0.1, 1, 0.0, torch.Generator().manual_seed(seed)
-    )
+    draw = lambda seed: evaluate.pgd_attack(model, images, labels, 0.1, 1, 0.0, seeded(seed))  # noqa: E731
     noise = (draw(1) - images) / 0.1
     assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
     assert abs(noise.mean()) < 0.02 and noise.var().item() == pytest.approx(1 / 3, rel=0.05)
@@ -190,13 +188,13 @@ def test_corruption_folder_that_is_not_one_names_the_file(tmp_path):
         ),
     ):
         spoil()
-        with pytest.raises(lure.DataError, match=message):
+        with pytest.raises(DataError, match=message):
             evaluate.corruption_accuracy(Gray(), folder)
     for n in (0, 7):
         for name in evaluate.CORRUPTIONS:
             np.save(folder / f"{name}.npy", np.zeros((n, 8, 8, 3), np.uint8))
         np.save(folder / "labels.npy", np.zeros(n, np.uint8))
-        with pytest.raises(lure.DataError, match=f"five severities, found {n} images"):
+        with pytest.raises(DataError, match=f"five severities, found {n} images"):
             evaluate.corruption_accuracy(Gray(), folder)
 
 
@@ -208,19 +206,19 @@ def test_an_array_of_corruptions_is_read_and_never_written(tmp_path):
 
 def test_weight_noise_is_gaussian_and_the_model_is_put_back():
     model, (images, labels) = network().train(), pictures()
-    before = {k: v.clone() for k, v in model.state_dict().items()}
+    before = state(model)
     seen = []
     hook = model[0].register_forward_pre_hook(
         lambda *_: seen.append(
             torch.cat([(p - before[n]).flatten() for n, p in model.named_parameters()]).clone()
         )
     )
-    draw = lambda: torch.Generator().manual_seed(3)  # noqa: E731
+    draw = lambda: seeded(3)  # noqa: E731
     clean, noisy = evaluate.weight_noise_accuracy(model, images, labels, [0, 0.5], 4, draw())
     hook.remove()
     assert all(module.training for module in model.modules())
     assert clean == pytest.approx(evaluate.accuracy(model, images, labels)) and 0 <= noisy <= 100
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert same(state(model), before)
     assert len(seen) == 8 and not any(s.any() for s in seen[:4]) and not torch.equal(seen[4], seen[5])
     noise = torch.cat(seen[4:])
     assert abs(noise.mean()) < 0.03 and noise.std().item() == pytest.approx(0.5, rel=0.05)
@@ -246,7 +244,15 @@ def test_weight_noise_puts_the_model_back_when_it_fails():
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
 
 
-def test_metrics_of_a_checkpoint(folder, tmp_path, capsys):
+def network_of(path, data):
+    """The network of a checkpoint, read without evaluate.py."""
+    checkpoint = torch.load(path, weights_only=True)
+    model = lure.build_model(checkpoint["config"]["arch"], data, seeded(0))
+    model.load_state_dict(checkpoint["weights"])
+    return model
+
+
+def test_metrics_of_a_checkpoint(folder, capsys):
     record = json.loads((folder / "lure-1.json").read_text())
     options = ["--sigmas", "0", "0.02"]
     assert evaluate.main([str(folder / "lure-1.pt"), *options]) == 0
@@ -261,13 +267,11 @@ def test_metrics_of_a_checkpoint(folder, tmp_path, capsys):
     assert found["command"].startswith("python evaluate.py ") and found["command"].endswith("0 0.02")
     assert found["data"]["test"] == 60 and found["versions"]["torch"] == torch.__version__
     assert sum(found["reliability"]["count"]) == 60 and "corruptions" not in found
-    everything = lure.load_dataset("digits", limit=120, limit_test=60)
-    model, config = evaluate.load_checkpoint(folder / "lure-1.pt", torch.device("cpu"))
-    _, stream = lure.draw_stream(lure.Config(limit=120, mega_batches=2), everything)
-    trained = torch.cat([batch.new for batch in stream])
-    clean = evaluate.accuracy(model, everything.images[trained] / 255, everything.labels[trained])
+    _, stream = lure.draw_stream(small_config(), small_data())
+    images, labels = small_data().samples(torch.cat([batch.new for batch in stream]))
+    clean = evaluate.accuracy(network_of(folder / "lure-1.pt", small_data()), images, labels)
     assert found["weight_noise"]["0"] == pytest.approx(clean)
-    assert config | {"set": []} == record["config"] | {"classes": list("0123456789")}
+    assert found["config"] == record["config"] | {"classes": list("0123456789")}
     assert "accuracy" in capsys.readouterr().out
 
 
@@ -279,35 +283,37 @@ def test_metrics_of_corruptions_stand_in_a_file_of_their_own(tmp_path):
             Image.new("RGB", (8, 8), (i, 6 * i, 250 - i)).save(path)
     photos = ["--dataset", "folder", "--data", str(tmp_path / "photos"), "--cache", str(tmp_path / "cache")]
     size = ["--arch", "small", "--image-size", "8", "--mega-batches", "1", "--epochs", "1"]
-    assert lure.main([*photos, *size, "--checkpoint", str(tmp_path / "lure-1.pt")]) == 0
+    assert baselines.main([*photos, *size, "--checkpoint", str(tmp_path / "lure-1.pt")]) == 0
     words = ["--corruptions", str(corrupted(tmp_path / "c")), *photos[4:]]
     assert evaluate.main([str(tmp_path / "lure-1.pt"), *words]) == 0
     assert not (tmp_path / "lure-1.metrics.json").exists()
     found = json.loads((tmp_path / "lure-1.corruptions.json").read_text())
-    model, _ = evaluate.load_checkpoint(tmp_path / "lure-1.pt", torch.device("cpu"))
+    data = load_dataset("folder", tmp_path / "photos", tmp_path / "cache", 8)
+    model = network_of(tmp_path / "lure-1.pt", data)
     assert found["corruptions"] == evaluate.corruption_accuracy(model, tmp_path / "c")
     assert found["config"]["data"] == str(tmp_path / "photos") and found["data"]["test"] == 40
 
 
 def test_metrics_refuse_data_of_other_classes(tmp_path, capsys):
-    weights = lure.build_model("small", 3, 1, (0.0,), (1.0,)).state_dict()
-    torch.save(
-        {
-            "config": asdict(lure.Config(dataset="digits", arch="small")),
-            "classes": ["a", "b", "c"],
-            "weights": weights,
-        },
-        tmp_path / "x.pt",
-    )
+    config = asdict(runs.Config(dataset="digits", image_size=8))
+    torch.save({"config": config, "classes": ["a", "b", "c"], "weights": {}}, tmp_path / "x.pt")
     assert evaluate.main([str(tmp_path / "x.pt")]) == 1
     assert "x.pt: was trained on other classes" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint", None])
+DIGITS = asdict(runs.Config(dataset="digits", image_size=8)), [str(i) for i in range(10)]
+NONE = [  # what torch saved and is no checkpoint: that refers to code, without weights, of no network
+    {"config": print},
+    {"config": DIGITS[0], "classes": DIGITS[1], "weights": {}},
+    {"config": DIGITS[0] | {"arch": "none"}, "classes": DIGITS[1], "weights": {}},
+]
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", *NONE])
 def test_a_file_that_is_no_checkpoint_is_one_line(tmp_path, capsys, content):
     path = tmp_path / "x.pt"
-    if content is None:
-        torch.save({"config": print}, path)  # a pickle that refers to code
+    if isinstance(content, dict):
+        torch.save(content, path)
     else:
         path.write_bytes(content)
     assert evaluate.main([str(path)]) == 1
@@ -318,12 +324,12 @@ def test_a_file_that_is_no_checkpoint_is_one_line(tmp_path, capsys, content):
 
 def test_redrawing_accuracy_is_that_of_the_methods_and_the_model_is_put_back():
     model, (images, labels) = network(1).eval(), pictures(60)
-    before = {k: v.clone() for k, v in model.state_dict().items()}
+    before = state(model)
     pi, test, shares = (images[:30], labels[:30]), (images[30:], labels[30:]), [0.1, 0.5, 0.9]
-    found = evaluate.redrawing_accuracy(model, pi, *test, shares, torch.Generator().manual_seed(7))
+    found = evaluate.redrawing_accuracy(model, pi, *test, shares, seeded(7))
     assert list(found) == ["lure", "fisher", "magnitude", "random"]
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    generator = torch.Generator().manual_seed(7)
+    assert same(state(model), before)
+    generator = seeded(7)
     random = baselines.random_scores(model, generator)  # the first to be drawn
     for criterion, accuracies in found.items():
         for share, measured in zip(shares, accuracies, strict=True):
@@ -342,16 +348,15 @@ def test_weight_noise_is_measured_on_what_was_trained_on_and_pi_is_drawn_from_it
         real = getattr(evaluate, name)
         spy = lambda *args, real=real, name=name, **more: calls.update({name: args}) or real(*args, **more)  # noqa: E731
         monkeypatch.setattr(evaluate, name, spy)
-    model, config = evaluate.load_checkpoint(folder / "lure-1.pt", torch.device("cpu"))
-    data = lure.load_dataset("digits", limit=120, limit_test=60)
-    config["label_noise"] = 0.5
+    model, data = network_of(folder / "lure-1.pt", small_data()), small_data()
+    config = runs.Config(dataset="digits", mega_batches=2, label_noise=0.5)
     evaluate.clean_metrics(model, data, config, [0])
-    of_run = lure.Config(dataset="digits", limit=120, limit_test=60, mega_batches=2, label_noise=0.5)
-    labels, stream = lure.draw_stream(of_run, data)
+    noisy, stream = lure.draw_stream(config, data)
     trained = torch.cat([batch.new for batch in stream])
-    assert len(trained) == 108 and not torch.equal(labels, data.labels)
+    assert len(trained) == 108 and not torch.equal(noisy.labels, data.labels)
     _, images, shown, _ = calls["weight_noise_accuracy"]
-    assert torch.equal(images, data.images[trained].float() / 255) and torch.equal(shown, labels[trained])
+    assert torch.equal(images, lure.to_input(data.images[trained]))
+    assert torch.equal(shown, noisy.labels[trained])
     _, pi, test_images, *_ = calls["redrawing_accuracy"]
-    assert torch.equal(test_images, data.test_images.float() / 255)
+    assert torch.equal(test_images, lure.to_input(data.test_images))
     assert sorted(pi[0].flatten(1).tolist()) == sorted(images.flatten(1).tolist())  # of fewer than 1125: all

@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 import ranks
 import torch
-from test_lure import same
-from test_resume import result
+from conftest import ROOT, same
+from test_runs import result
 
-ROOT = Path(__file__).parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
@@ -25,7 +24,7 @@ def torchrun(*words, cwd):
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """What each of two ranks saw."""
+    """What each of two processes saw."""
     folder = tmp_path_factory.mktemp("ranks")
     process = torchrun(ROOT / "tests" / "ranks.py", folder, cwd=folder)
     assert process.wait(300) == 0, process.communicate()
@@ -42,7 +41,7 @@ NAMES = ["with_batch_norm", "other", "exact"]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_all_ranks_hold_the_same_bits_after_every_mega_batch(name, two):
+def test_all_processes_hold_the_same_bits_after_every_mega_batch(name, two):
     first, second = (rank[name] for rank in two)
     assert len(first["ends"]) == 5 and len(first["masks"]) == 2  # three times learned, twice unlearned
     for mine, theirs in zip(first["ends"] + first["masks"], second["ends"] + second["masks"], strict=True):
@@ -79,24 +78,23 @@ def test_without_batch_norm_the_losses_and_masks_are_those_of_one_process(two, o
 
 
 TINY = [word for key, value in ranks.TINY.items() for word in (f"--{key.replace('_', '-')}", str(value))]
-CALL = [ROOT / "lure.py", *TINY, "--out", "run.json", "--checkpoint", "run.pt"]
+CALL = [ROOT / "baselines.py", "--method", "lure", *TINY, "--out", "run.json", "--checkpoint", "run.pt"]
 
 
 def workers(process):
-    """Process numbers of the ranks: the children of torchrun that run the script."""
+    """Their numbers: the children of torchrun that run the script."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    return [int(pid) for pid in children if b"lure.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return [int(pid) for pid in children if b"baselines.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the ranks in /proc")
-def test_a_rank_that_dies_ends_the_run_which_then_goes_on(two, tmp_path):
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the processes in /proc")
+def test_a_process_that_dies_ends_the_run_which_then_goes_on(two, tmp_path):
     process = torchrun(*CALL, cwd=tmp_path)
     while not (tmp_path / "run.json.state").exists():
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
-    start = time.monotonic()
     os.kill(workers(process)[1], signal.SIGKILL)
-    assert process.wait(60) != 0 and time.monotonic() - start < 60
+    assert process.wait(60) != 0
     assert "run.json.state" in os.listdir(tmp_path) and "run.json" not in os.listdir(tmp_path)
     process = torchrun(*CALL, cwd=tmp_path)
     assert process.wait(300) == 0, process.communicate()
@@ -105,7 +103,9 @@ def test_a_rank_that_dies_ends_the_run_which_then_goes_on(two, tmp_path):
     assert len(lines) == 1 and json.loads(lines[0])["cer"] == record["totals"]["cer"]
     told = process.stderr.read()
     assert told.count("mega-batch 3 of 3") == 1 and "mega-batch 1 of 3" not in told
-    assert record["processes"] == 2 and record["command"].startswith("torchrun --nproc-per-node=2 lure.py ")
+    assert record["processes"] == 2 and record["command"].startswith(
+        "torchrun --nproc-per-node=2 baselines.py "
+    )
     last = two[0]["with_batch_norm"]["ends"][-1]
     assert weights == {name: tensor.numpy().tobytes() for name, tensor in last.items()}
 
@@ -117,14 +117,14 @@ def test_a_rank_that_dies_ends_the_run_which_then_goes_on(two, tmp_path):
         (["--method=sp", "--set=alpha=1"], "--set alpha=1: the settings of sp are: shrink, noise"),
         pytest.param(
             ["--device=cuda"],
-            "--device cuda:0: expected cpu, or cuda or cuda:N where there is such a GPU",
+            "--device cuda: expected cpu, or cuda, cuda:1 ... of a GPU",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
         ),
-        (["--mega-batches=121"], "120 samples do not allow 121 mega-batches to train on"),
+        (["--mega-batches=121"], "120 samples do not make 121 mega-batches to train on"),
     ],
 )
 def test_a_wrong_call_is_told_once(wrong, message, tmp_path):
-    process = torchrun(ROOT / "baselines.py", *CALL[1:], *wrong, cwd=tmp_path)
+    process = torchrun(*CALL, *wrong, cwd=tmp_path)
     out, told = process.communicate(timeout=120)
     assert process.returncode != 0 and out == "" and not os.listdir(tmp_path)
     lines = [line for line in told.splitlines() if line.startswith("baselines.py: ")]

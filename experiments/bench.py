@@ -5,7 +5,7 @@ ToTensor, a DataLoader with workers, float32, channels first, SGD, `.item()` for
 timed in each precision that the device has, of which --precision auto takes one. All train the same network
 on the same images with the same batch size, in turn (A B C A B C) and after a warm-up.
 
-    python bench.py --out results/bench
+    python -m experiments.bench --out results/bench
 """
 
 import argparse
@@ -34,17 +34,20 @@ from torchvision.datasets import VisionDataset
 
 import lure
 from baselines import connections
+from experiments.command import Parser, guarded
+from experiments.files import provenance, write
+from experiments.runs import Config
 
 
 # ------------------------------------------------------------ The plain loop
 class Pictures(VisionDataset):
     """Images in memory, as in torchvision's CIFAR10: arrays, each made a PIL image when it is read."""
 
-    def __init__(self, data: lure.Dataset, padding: int, flip: bool):
-        crop = transforms.RandomCrop(data.images.shape[-1], padding)
-        mirror = [transforms.RandomHorizontalFlip()] if flip else []
+    def __init__(self, data: lure.Dataset):
+        crop = transforms.RandomCrop(data.images.shape[1], data.padding)
+        mirror = [transforms.RandomHorizontalFlip()] if data.flip else []
         super().__init__("", transform=transforms.Compose([crop, *mirror, transforms.ToTensor()]))
-        self.data, self.targets = data.images.permute(0, 2, 3, 1).squeeze(-1).numpy(), data.labels.tolist()
+        self.data, self.targets = data.images.squeeze(-1).numpy(), data.labels.tolist()
 
     def __len__(self):
         return len(self.data)
@@ -67,50 +70,50 @@ def plain_epoch(model, optimizer, loader, device) -> float:
 
 
 # ------------------------------------------------------------ What is measured, each to be called
-def random_data(config: lure.Config, size: int) -> lure.Dataset:
-    channels, generator = len(lure.PREPROCESSING[config.dataset][0]), torch.Generator().manual_seed(0)
-    shape = (size, channels, config.image_size, config.image_size)
+def random_data(config: Config, size: int) -> lure.Dataset:
+    """Of random pixels and labels, in the shape of the data set that the configuration names."""
+    digits, generator = config.dataset == "digits", torch.Generator().manual_seed(0)
+    shape = size, config.image_size, config.image_size, 1 if digits else 3
     images = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
     labels = torch.randint(10, (size,), generator=generator)
-    return lure.Dataset(images, labels, images[:0], labels[:0], list("0123456789"))
+    more = dict(mean=(0.3,), std=(0.4,), padding=1, flip=False) if digits else {}
+    return lure.Dataset(images, labels, images[:0], labels[:0], list("0123456789"), **more)
 
 
-def build(config: lure.Config, device: torch.device, memory_format=torch.channels_last) -> nn.Module:
-    mean, std, *_ = lure.PREPROCESSING[config.dataset]
-    model = lure.build_model(config.arch, 10, len(mean), mean, std, torch.Generator().manual_seed(0))
-    return model.to(device, memory_format=memory_format)
+def build(config: Config, data: lure.Dataset) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """The network and the optimizer of `lure.run`."""
+    model = lure.build_model(config.arch, data, torch.Generator().manual_seed(0))
+    rates = dict(lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=True)
+    return model, torch.optim.SGD(model.parameters(), **rates)
 
 
-def plain(config: lure.Config, size: int, device: torch.device, workers: int):
+def plain(config: Config, size: int, device: torch.device, workers: int):
     """An epoch of the plain loop."""
-    *_, padding, flip = lure.PREPROCESSING[config.dataset]
-    pictures, pin = Pictures(random_data(config, size), padding, flip), device.type == "cuda"
-    options = dict(shuffle=True, num_workers=workers, persistent_workers=workers > 0, pin_memory=pin)
-    loader = DataLoader(pictures, config.batch_size, **options)
-    model = build(config, device, torch.contiguous_format)
+    data = random_data(config, size)
+    options = dict(num_workers=workers, persistent_workers=workers > 0, pin_memory=device.type == "cuda")
+    loader = DataLoader(Pictures(data), config.batch_size, shuffle=True, **options)
+    model = lure.build_model(config.arch, data, torch.Generator().manual_seed(0))
+    model.to(device, memory_format=torch.contiguous_format)
     rates = dict(lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
     return partial(plain_epoch, model, torch.optim.SGD(model.parameters(), **rates), loader, device)
 
 
-def ours(config: lure.Config, size: int, device: torch.device):
-    """An epoch of the loop of lure.py, with the layout of `lure.run`."""
-    data, model = random_data(config, size), build(config, device)
-    pixels, labels = data.images.permute(0, 2, 3, 1).contiguous().to(device), data.labels.to(device)
+def ours(config: Config, size: int, device: torch.device):
+    """An epoch of the loop of lure.py."""
+    data = random_data(config, size).to(device)
     train, generator = torch.arange(size, device=device), torch.Generator(device).manual_seed(0)
-    optimizer = lure.build_optimizer(model, config)
-    return partial(lure.train_epoch_, model, optimizer, pixels, labels, train, config, generator)
+    return partial(lure.train_epoch_, *build(config, data), data, train, config, generator)
 
 
-def sensitivity(config: lure.Config, size: int, device: torch.device):
+def sensitivity(config: Config, size: int, device: torch.device):
     """The connection sensitivity by `size` images."""
-    data = random_data(config, size)
-    images = lure.to_input(data.images.permute(0, 2, 3, 1).to(device))
-    return partial(lure.connection_sensitivity, build(config, device), images, data.labels.to(device))
+    data = random_data(config, size).to(device)
+    return partial(lure.connection_sensitivity, build(config, data)[0], *data.samples(torch.arange(size)))
 
 
-def redrawing(config: lure.Config, device: torch.device):
+def redrawing(config: Config, device: torch.device):
     """Mask and reinitialisation, of random scores."""
-    model = build(config, device)
+    model, _ = build(config, random_data(config, 1).to(device))
     scores = {name: torch.rand_like(p) for name, p in connections(model).items()}
     return lambda: lure.reinitialize_(model, lure.top_k_mask(scores, config.keep), torch.Generator())
 
@@ -177,7 +180,7 @@ def matmul_tflops(device: torch.device) -> dict[str, float]:
     return rates
 
 
-def compare(config: lure.Config, size: int, rounds: int, workers: int, device: torch.device) -> dict:
+def compare(config: Config, size: int, rounds: int, workers: int, device: torch.device) -> dict:
     """The plain loop and ours in each precision in turn, `rounds` times, over the same `size` images."""
     makes = {p: partial(ours, replace(config, precision=p), device=device) for p in precisions(device)}
     makes["plain"] = partial(plain, config, device=device, workers=workers)
@@ -209,18 +212,18 @@ def compare(config: lure.Config, size: int, rounds: int, workers: int, device: t
     return result
 
 
-def batch_size(config: lure.Config, size: int, device: torch.device) -> dict:
+def batch_size(config: Config, size: int, device: torch.device) -> dict:
     progress(f"batches of {config.batch_size}")
     size = math.ceil(size / config.batch_size) * config.batch_size
     elapsed = median_seconds(ours(config, size, device), device)
     return dict(batch_size=config.batch_size, images_per_second=size / elapsed)
 
 
-def unlearning(config: lure.Config, size: int, device: torch.device) -> dict:
+def unlearning(config: Config, size: int, device: torch.device) -> dict:
     """Time of unlearning once by `size` images, and its memory, for which 64 are enough."""
     progress(f"unlearning {config.arch} by {size} images")
     result = dict(arch=config.arch, images=size)
-    result["weights"] = sum(p.numel() for p in connections(build(config, device)).values())
+    result["weights"] = sum(p.numel() for p in connections(build(config, random_data(config, 1))[0]).values())
     sensitivity(config, 64, device)()  # the warm-up
     result["sensitivity_seconds"] = seconds(sensitivity(config, size, device), device)
     result["sensitivity_mib"] = peak_memory(partial(sensitivity, config, 64, device), device)
@@ -234,9 +237,9 @@ def benchmark(args: argparse.Namespace) -> dict:
     device = lure.pick_device(args.device)
     size = args.images or (192 if device.type == "cpu" else 16384)
     common = dict(device=args.device, batch_size=args.batch_size, lr=0.01)
-    large = lure.Config(**common, image_size=args.image_size)
-    demo = lure.Config(**common, dataset="digits", arch="small", image_size=max(1, args.image_size // 2))
-    result = lure.provenance(["bench.py", *args.argv], device, random_data(large, size))
+    large = Config(**common, image_size=args.image_size)
+    demo = Config(**common, dataset="digits", arch="small", image_size=max(1, args.image_size // 2))
+    result = provenance(["-m", "experiments.bench", *args.argv], device, random_data(large, size))
     parts = {
         "matmul_tflops": lambda: matmul_tflops(device),
         "loops": lambda: [
@@ -323,8 +326,8 @@ def table(lines: list[str]) -> str:
 
 
 def main(argv=None) -> int:
-    """The command line; its status is that of `lure.main`."""
-    parser = lure.Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    """The command line; its status is that of `runs.main`."""
+    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     count, some = dict(type=positive, metavar="N"), dict(type=positive, metavar="N", nargs="+")
     add = parser.add_argument
     add("--device", default="auto", help="cpu, cuda, cuda:1 ...; auto: the GPU if there is one")
@@ -342,7 +345,7 @@ def main(argv=None) -> int:
     add("--out", type=Path, metavar="FOLDER", help="where to write DEVICE.json and DEVICE.md")
     args = parser.parse_args(argv)
     args.argv = sys.argv[1:] if argv is None else argv
-    return lure.guarded(parser.prog, partial(measure, args))
+    return guarded(parser.prog, partial(measure, args))
 
 
 def positive(text: str) -> int:
@@ -357,7 +360,7 @@ def measure(args: argparse.Namespace) -> None:
     if args.out:
         path = args.out / re.sub("[^a-z0-9]+", "-", f"{result['device']} {result['threads']} threads".lower())
         for suffix, content in ((".json", json.dumps(result, indent=1) + "\n"), (".md", text)):
-            lure.write(path.with_suffix(suffix), lambda file, content=content: file.write(content.encode()))
+            write(path.with_suffix(suffix), lambda file, content=content: file.write(content.encode()))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,142 @@
+"""Data sets beyond those of lure.py, image folders and restricted ImageNet, and parts of any of them."""
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+from torchvision.transforms.functional import pil_to_tensor, resize
+from tqdm import tqdm
+
+import lure
+from experiments.files import load, write
+from lure import Dataset
+
+DATASETS = ("digits", "cifar10", "cifar100", "folder", "restricted-imagenet")
+RESTRICTED_IMAGENET = {  # balanced; inclusive ranges of the index of the 1000 sorted class folders
+    "bird": (10, 14), "turtle": (33, 37), "lizard": (42, 46), "spider": (72, 76), "crab": (118, 122),
+    "dog": (200, 204), "cat": (281, 285), "big cat": (286, 290), "beetle": (302, 306),
+    "butterfly": (322, 326), "monkey": (371, 374), "fish": (393, 397), "fruit": (948, 952),
+    "fungus": (992, 996),
+}  # fmt: skip
+
+
+class DataError(Exception):
+    """The data are not as they should be; the message names the file and says what was expected."""
+
+
+def load_dataset(
+    name: str, data="data", cache=".cache", image_size=0, limit=0, limit_test=0, shots=0
+) -> Dataset:
+    """Load one of `DATASETS` from the folder `data`, where torchvision also downloads the CIFARs to.
+
+    Images become squares of side `image_size`; 0: those of folders of side 32, the others as `lure` has them.
+    `limit`, `limit_test`: a stratified sample of so many images; `shots`: of so many training images of each
+    class; 0: all. The choice is the same every time. DataError if the data are not as they should be.
+    """
+    if folder := name in ("folder", "restricted-imagenet"):
+        loaded = load_folders(name, Path(data), Path(cache), image_size or 32)
+    else:
+        try:
+            loaded = lure.load_dataset(name, data, image_size or 16)
+        except OSError as error:
+            raise DataError(error) from error
+    labels, classes = loaded.labels, loaded.classes
+    if (fewest := int(labels.bincount(minlength=len(classes)).min())) < shots:
+        raise DataError(f"--shots {shots}: a class of {name} has only {fewest} training images")
+    train, test = torch.arange(len(labels)), torch.arange(len(loaded.test_labels))
+    if limit or shots or folder:  # a folder's images come class by class
+        train = lure.stratified(labels, shots * len(classes) or limit or len(labels), equal=shots > 0)
+    if limit_test or folder:
+        test = lure.stratified(loaded.test_labels, limit_test or len(test))
+    images, test_images = (x.contiguous() for x in (loaded.images[train], loaded.test_images[test]))
+    if image_size and images.shape[1:3] != (image_size, image_size):
+        images, test_images = resized(images, image_size), resized(test_images, image_size)
+    test_labels = loaded.test_labels[test]
+    return loaded._replace(
+        images=images, labels=labels[train], test_images=test_images, test_labels=test_labels
+    )
+
+
+def resized(images: Tensor, side: int) -> Tensor:
+    return resize(images.permute(0, 3, 1, 2), [side, side]).permute(0, 2, 3, 1).contiguous()
+
+
+# ------------------------------------------------------------ Image folders
+def load_folders(name: str, root: Path, cache: Path, image_size: int) -> Dataset:
+    """Read root/<split>/<class>/<image>, decoded once and cached by the files' names, sizes and times."""
+    samples, classes = [], []
+    for split in ("train", "test") if name == "folder" else ("train", "val"):
+        try:
+            folders, label_of = find_classes(str(root / split))
+            if name == "restricted-imagenet":
+                if len(folders) != 1000:
+                    raise OSError(f"{root / split} has {len(folders)} class folders, not ImageNet's 1000")
+                ranges = enumerate(RESTRICTED_IMAGENET.values())
+                label_of = {f: label for label, (a, b) in ranges for f in folders[a : b + 1]}
+                folders = list(RESTRICTED_IMAGENET)
+            refuse_loops(root / split / folder for folder in label_of)
+            samples.append(make_dataset(str(root / split), label_of, IMG_EXTENSIONS))
+        except OSError as error:
+            source = "" if name == "folder" else ", ILSVRC 2012 from image-net.org"
+            raise DataError(f"{error}; expected {root}/{split}/<class>/<image>{source}") from error
+        classes.append(folders)
+    if odd := sorted(set(classes[0]) ^ set(classes[1])):
+        raise DataError(f"{root}: expected every class in both splits, {odd[0]!r} is in one only")
+    paths, labels = zip(*samples[0], *samples[1], strict=True)
+    decoded = decoded_once(paths, root, cache, image_size).permute(0, 2, 3, 1)
+    sizes = [len(s) for s in samples]
+    (train, test), (train_labels, test_labels) = decoded.split(sizes), torch.tensor(labels).split(sizes)
+    return Dataset(train, train_labels, test, test_labels, classes[0])
+
+
+def refuse_loops(folders: Iterable[Path]) -> None:
+    """DataError for a folder that a link leads to again: its images would be read twice, or for ever."""
+    reached = set()
+    for path, *_ in (step for folder in folders for step in os.walk(folder, followlinks=True)):
+        if (real := os.path.realpath(path)) in reached:
+            raise DataError(f"{path}: expected a folder of its own, found {real} again")
+        reached.add(real)
+
+
+def decoded_once(paths, root: Path, cache: Path, size: int) -> Tensor:
+    """The images, uint8 (N, 3, size, size), from the cache or decoded into it."""
+    below, stats = len(str(root / "x")) - 1, map(os.stat, paths)
+    content = [(p[below:], s.st_size, s.st_mtime_ns) for p, s in zip(paths, stats, strict=True)]
+    digest = hashlib.sha256(json.dumps([2, size, content]).encode()).hexdigest()  # 2: of `decode_image`
+    stored = cache / f"{root.resolve().name}-{size}-{digest[:16]}.pt"
+    if not stored.exists():
+        with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:  # more would be slower
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)  # a huge image
+            images = pool.map(partial(decode_image, size=size), paths)
+            decoded = torch.stack(list(tqdm(images, f"decode {root}", len(paths), disable=None)))
+        write(stored, partial(torch.save, decoded))
+    try:
+        decoded = load(stored, mmap=True)
+        if decoded.dtype != torch.uint8 or decoded.shape != (len(paths), 3, size, size):
+            raise ValueError
+    except Exception as error:
+        raise DataError(f"{stored}: expected decoded images; remove it ({type(error).__name__})") from error
+    return decoded
+
+
+def decode_image(path: str, size: int) -> Tensor:
+    try:
+        if not os.path.isfile(path):  # a pipe would be waited for
+            raise ValueError("it is no file")
+        with Image.open(path, formats=("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")) as file:
+            # Of 16 bits, which is mode I, `convert` would cut off what is above 255.
+            image = file.convert("I").point(lambda value: value / 257) if file.mode[0] == "I" else file
+            small = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
+    except Exception as error:  # a foreign file can make a decoder raise anything
+        raise DataError(f"{path}: expected an image, cannot decode it ({error})") from error
+    return pil_to_tensor(small)

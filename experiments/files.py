@@ -1,0 +1,61 @@
+"""Files that are whole or not there, and where a number in them comes from."""
+
+import hashlib
+import os
+import platform
+import shlex
+import subprocess
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+import torchvision
+
+from lure import WORLD, Dataset
+
+
+def write(path: str | Path, save: Callable[[BinaryIO], object]) -> None:
+    """Let `save` write a temporary file beside `path`, then rename it: `path` is whole or it is as before."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(path).with_name(f".{Path(path).name}.{platform.node()}-{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            save(file)
+            file.flush()
+            os.fsync(file)
+        temporary.replace(path)
+    except (OSError, RuntimeError) as error:  # torch.save hides the first in the second
+        raise OSError(f"{path}: cannot be written ({error.__context__ or error})") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(path: str | Path, **options):
+    """What torch.save wrote. Code in the file is not run: it makes this raise, as anything foreign may."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.load(path, map_location="cpu", weights_only=True, **options)
+
+
+def provenance(command: list[str], device: torch.device, data: Dataset) -> dict:
+    """Where a number comes from: command, git commit, data, versions, device."""
+    git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty"]
+    call = shlex.join([*git, "--abbrev=40", "--exclude=*"])  # by a shell, since there may be no git
+    commit = subprocess.run(call, shell=True, capture_output=True, text=True).stdout.strip()
+    processor = torch.cpu.get_capabilities().get("cpu_name") or platform.machine()
+    images, labels, test_images, test_labels = data[:4]
+    tensors = images.permute(0, 3, 1, 2), labels, test_images.permute(0, 3, 1, 2), test_labels
+    content = hashlib.sha256(b"".join(tensor.contiguous().numpy().tobytes() for tensor in tensors))
+    python = ["python"] if WORLD == 1 else ["torchrun", f"--nproc-per-node={WORLD}"]
+    return dict(
+        command=shlex.join([*python, *command]),
+        git_commit=commit or None,
+        data=dict(train=len(data.labels), test=len(data.test_labels), sha256=content.hexdigest()),
+        versions=dict(torch=str(torch.__version__), torchvision=torchvision.__version__),
+        python=platform.python_version(),
+        device=processor if device.type == "cpu" else torch.cuda.get_device_name(device),
+        threads=torch.get_num_threads(),
+        processes=WORLD,
+    )

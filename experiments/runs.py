@@ -1,0 +1,232 @@
+"""A run as a file: its record with where it comes from, its state to go on from, its errors in one line."""
+
+import glob
+import inspect
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import lure
+from experiments.command import Parser, guarded
+from experiments.data import DATASETS, DataError, load_dataset
+from experiments.files import load, provenance, write
+from lure import RANK, WORLD, Dataset, MegaBatch, option
+
+Method = Callable[..., dict[str, Tensor] | None]  # `lure.lure_` tells what it gets and does
+
+
+@dataclass(frozen=True)
+class Config(lure.Config):
+    """The settings of `lure.run`, and those of the data and the files around it."""
+
+    dataset: str = option("cifar10", "data set", DATASETS)
+    cache: str = option(".cache", "folder for decoded images")
+    image_size: int = option(0, "side to resize to, at most 1024; 0: digits to 16, folders to 32", high=1024)
+    limit: int = option(0, "training images to use, a stratified choice; 0: all")
+    limit_test: int = option(0, "test images to use, a stratified choice; 0: all")
+    shots: int = option(0, "training images of each class to use, whatever --limit is; 0: all")
+    generations: bool = option(False, "let every mega-batch be the whole training set")
+    checkpoint: str = option("", "file for the final weights")
+
+
+# ------------------------------------------------------------ The run
+def recorded(config: Config, forget: Method) -> dict:
+    """The record of a run, which is written to `config.out`; if it is there, it is read.
+
+    After every mega-batch its state is saved beside, from where the same call goes on. Of several processes,
+    the first alone reads and writes these. ValueError for settings that cannot be, DataError for data,
+    FloatingPointError for a loss that is not finite, OSError for a file that cannot be written.
+    """
+    c, device = config, lure.pick_device(config.device)
+    data = loaded_once(c)
+    origin = provenance(command_line(c), device, data)
+    origin["precision"] = lure.pick_precision(c.precision, device)
+    record = dict(format=FORMAT, config=asdict(c), totals={}, mega_batches=[], **origin)
+    record = json.loads(json.dumps(record))  # as it will be read
+    if by_first(lambda: record["data"]) != record["data"]:
+        raise DataError(f"{c.data}: expected the data of the first process, found others")
+    if done := by_first(lambda: finished(c, record)):
+        return done
+    by_first(lambda: check_feasible(c, data))
+    path = f"{c.out}.state"
+    earlier = by_first(lambda: read_earlier(path, load, record, ALL_THE_SAME)) if c.out else None
+    state: dict = earlier or {}
+    rows = state.get("mega_batches", [])
+    stem, of = f"{Path(c.out).stem} mega-batch".lstrip(), f"of {c.mega_batches}"
+    data, stream = draw_stream(c, data.to(device))
+    found: dict = {}
+    try:
+        for state in lure.run(c, data, observed(forget, data, found), stream, earlier):
+            rows = state["mega_batches"]
+            rows[-1] |= dict(redrawn=None, redrawn_by_tensor=None, forgotten=None) | found
+            found.clear()
+            if RANK == 0:
+                accuracy = f"{rows[-1]['test']['accuracy']:.2f} % of the test set"
+                print(f"{stem} {len(rows)} {of}: {accuracy}", file=sys.stderr, flush=True)
+            if RANK == 0 and c.out:
+                write(path, partial(torch.save, record | state))
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{stem} {len(rows) + 1} {of}: {error}") from error
+    record |= dict(mega_batches=rows, totals=lure.totals(rows))
+    if RANK == 0 and c.checkpoint:
+        weights = dict(config=asdict(c), classes=data.classes, weights=state["model"])
+        write(c.checkpoint, partial(torch.save, weights))
+    if RANK == 0 and c.out:
+        write(c.out, lambda file: file.write(f"{json.dumps(record, indent=1)}\n".encode()))
+        tidy(c)
+    return record
+
+
+def observed(forget: Method, data: Dataset, found: dict) -> Method:
+    """The method, which also notes what it redraws and how good the network is right after."""
+
+    def forget_and_look(model, *between):
+        mask = forget(model, *between)
+        if mask is not None:
+            redrawn = {name: (~m).flatten().double() for name, m in mask.items()}
+            found["redrawn"] = torch.cat([*redrawn.values()]).mean().item()
+            found["redrawn_by_tensor"] = {name: r.mean().item() for name, r in redrawn.items()}
+        forgotten = lure.evaluate(model, data.test_images, data.test_labels)
+        found["forgotten"] = {key: forgotten[key] for key in ("accuracy", "loss")}
+        return mask
+
+    return forget_and_look
+
+
+def loaded_once(config: Config) -> Dataset:
+    """The data, which the first process of each machine loads before the others, and so fills the cache."""
+    c, first = config, os.environ.get("LOCAL_RANK") in ("0", None)
+    if WORLD > 1 and not first:
+        dist.barrier()
+    data = load_dataset(c.dataset, c.data, c.cache, c.image_size, c.limit, c.limit_test, c.shots)
+    if WORLD > 1 and first:
+        dist.barrier()
+    return data
+
+
+def draw_stream(config: Config, data: Dataset) -> tuple[Dataset, list[MegaBatch]]:
+    """That of `lure`, or, for generations, one of which each mega-batch is all of the data."""
+    if not config.generations:
+        return lure.draw_stream(config, data)
+    data, (whole,) = lure.draw_stream(replace(config, mega_batches=1), data)
+    return data, [whole] * config.mega_batches
+
+
+def check_feasible(config: Config, data: Dataset) -> None:
+    """What would otherwise be found out when the work is done. ValueError or OSError."""
+    _, stream = draw_stream(config, data)
+    if config.arch == "vgg16_bn" and min(data.images.shape[1:3]) < 16:
+        raise ValueError("--arch vgg16_bn: expected images of at least 16×16 pixels, for its four max-pools")
+    if min(config.batch_size, *(len(batch.train) for batch in stream)) < 2 * WORLD:
+        raise ValueError("--mega-batches, --batch-size: expected two training samples for every process")
+    taken = map(os.path.realpath, (config.out, f"{config.out}.state"))
+    if config.checkpoint and os.path.realpath(config.checkpoint) in taken:
+        raise ValueError(f"--checkpoint {config.checkpoint}: expected another file than --out and its state")
+    for path in filter(None, (config.out, config.out and f"{config.out}.state", config.checkpoint)):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        odd = path.endswith("/") or (os.path.exists(path) and not os.path.isfile(path))
+        if odd or not os.access(Path(path).parent, os.W_OK):
+            raise OSError(f"{path}: expected a file that can be written")
+
+
+# ------------------------------------------------------------ Record and state
+FORMAT = 1  # of both
+PATHS = {"data", "cache", "out", "checkpoint", "device"}  # where things are: no two runs differ by these
+# Beside configuration and data, what has to be as it was for a run to be continued to the same result.
+ALL_THE_SAME = ("format", "git_commit", "versions", "processes", "device")
+
+
+def read_earlier(path: str, read, run: dict, keys=()) -> dict | None:
+    """What an earlier call of the run left at `path`, if anything. ValueError if it is not of this run."""
+    if not os.path.isfile(path):
+        return None
+    try:
+        record = read(path)
+        since = {f.name: f.default for f in fields(Config)}  # options that an old record may lack
+        there, here = (
+            {f"its {k}": r[k] for k in keys} | r["data"] | since | r["config"] | {"precision": r["precision"]}
+            for r in (record, run)  # the precision that it ran in, whatever the option's word
+        )
+        odd = [k for k in there | here if k not in PATHS and there.get(k) != here.get(k)]
+    except Exception as error:
+        kind = type(error).__name__
+        raise ValueError(f"{path}: expected what a call of this run wrote, or no file ({kind})") from error
+    if odd:
+        found = ", ".join(f"{k} {there.get(k)}, not {here.get(k)}" for k in odd)
+        raise ValueError(f"{path}: expected no file, or one of this run; found {found}")
+    return record
+
+
+def finished(config: Config, run: dict) -> dict | None:
+    """The record at `config.out`, if it and the checkpoint are there. ValueError if it is of another run."""
+    record = read_earlier(config.out, lambda path: json.loads(Path(path).read_text()), run)
+    if not record or (config.checkpoint and not os.path.exists(config.checkpoint)):
+        return None
+    tidy(config)
+    return record
+
+
+def tidy(config: Config) -> None:
+    """Remove what a run that is done may have left: its state, temporary files of killed calls."""
+    Path(f"{config.out}.state").unlink(missing_ok=True)
+    for path in map(Path, filter(None, (config.out, config.checkpoint))):
+        for temporary in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+            temporary.unlink(missing_ok=True)
+
+
+def command_line(config: Config) -> list[str]:
+    """The call, of the script that has these settings, that means `config`: the data first."""
+    words = [os.path.basename(inspect.getfile(type(config)))]
+    data = ("dataset", "data", "cache", "image_size", "limit", "limit_test", "shots")
+    for f in sorted(fields(config), key=lambda f: f.name not in data):
+        if (value := getattr(config, f.name)) not in (f.default, ()):
+            values = [] if value is True else value if isinstance(value, (list, tuple)) else [value]
+            words += ["--" + f.name.replace("_", "-"), *map(str, values)]
+    return words
+
+
+def by_first(call):
+    """What `call` returns in the first process, in all of them."""
+    result = [call() if RANK == 0 else None]
+    if WORLD > 1:
+        dist.broadcast_object_list(result)
+    return result[0]
+
+
+# ------------------------------------------------------------ Command lines
+def main(argv, description: str, settings: type[Config], method) -> int:
+    """A command line. Returns 0; 2: a wrong call; 1: wrong data, or a loss not finite; 130: interrupted."""
+    if WORLD > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    parser = Parser(description=description, allow_abbrev=False)
+    lure.add_settings(parser, settings)
+
+    def check(config):  # in the first process, so that what is wrong is told once
+        method(config)
+        lure.pick_device(config.device)
+
+    def call():
+        given = by_first(lambda: vars(parser.parse_args(argv)))
+        if odd := [name for name, value in given.items() if value == [] and name != "set"]:
+            parser.error(
+                f"--{odd[0].replace('_', '-')}: expected a value"
+            )  # of what argparse makes of --flag=--
+        config = by_first(lambda: settings(**given))
+        by_first(lambda: check(config))
+        if WORLD > 1 and config.device in ("auto", "cuda") and torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        record = recorded(config, method(config))
+        if RANK == 0:
+            print(json.dumps(record["totals"]))
+        if WORLD > 1:
+            dist.destroy_process_group()
+
+    return guarded(parser.prog, call)
