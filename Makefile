@@ -4,7 +4,7 @@
 MAKEFLAGS += --no-builtin-rules --no-print-directory
 .DEFAULT_GOAL := help
 .NOTPARALLEL:  # -j is for the runs of a target
-.PHONY: help demo test test-long test-oldest coverage mutants lint bench precision where-from cost forgetting reproduce reports \
+.PHONY: help demo test test-long test-oldest coverage mutants lint bench precision where-from cost forgetting generations reproduce reports \
     overview clean
 
 # Variables count on the command line, not in the environment, where the same names may mean something else.
@@ -26,9 +26,9 @@ help:  ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*  ## /\1	/p' Makefile | awk -F '\t' '{ printf "make %-18s  %s\n", $$1, $$2 }'
 	@echo "make reproduce-table1 … reproduce-table9, reproduce-figure2 … reproduce-figure6: each by itself"
 
-# What experiments/tables.py lists, by a make of its own, so that -n, -j and -k mean what they always do.
+# What experiments/make.py lists, by a make of its own, so that -n, -j and -k mean what they always do.
 jobs = $(or $(patsubst -j%,%,$(filter -j%,$(MAKEFLAGS))),$(if $(filter -j,$(MAKEFLAGS)),99,1))
-plan = +@plan=$$(mktemp) && trap 'rm -f $$plan' EXIT && python3 -m experiments.tables $1 --jobs $(jobs) --python $(PYTHON) \
+plan = +@plan=$$(mktemp) && trap 'rm -f $$plan' EXIT && python3 -m experiments.make $1 --jobs $(jobs) --python $(PYTHON) \
     --scale "$(or $2,$(SCALE),paper)" --out "$(OUT)" --data "$(DATA)" --imagenet "$(IMAGENET)" --cifar10c "$(CIFAR10C)" \
     --datasets="$(DATASETS)" --methods="$(METHODS)" --seeds="$(SEEDS)" --args="$(ARGS)" > $$plan && $(MAKE) -f $$plan $3 all
 
@@ -39,10 +39,10 @@ demo: $(READY)  ## all methods on scikit-learn's digits: a table and a figure, i
 reproduce-%: $(READY)
 	$(call plan,$*)
 where-from: $(READY)  ## where the gain comes from: the method, the schedule or the choice of the epoch
-	$(call plan,$@)
 cost: $(READY)  ## accuracy and cumulative error against image passes
-	$(call plan,$@)
 forgetting: $(READY)  ## accuracy before and right after forgetting, and after relearning; which layers are redrawn
+generations: $(READY)  ## forget and relearn on one data set, against training as long; DATA=<folder>
+where-from cost forgetting generations:
 	$(call plan,$@)
 precision: $(READY)  ## ResNet18 in bfloat16 and in float32; DATA=<folder with train/ and test/>
 	$(call plan,precision,precision)
@@ -75,6 +75,6 @@ lint: $(READY)  ## ruff: check and format; mypy: the signatures
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
 bench: $(READY)  ## the loop beside a plain one: images/s, TFLOP/s, memory, cost of unlearning
-	$(PYTHON) bench.py --out "$(or $(OUT),results/bench)" $(ARGS)
+	$(PYTHON) -m experiments.bench --out "$(or $(OUT),results/bench)" $(ARGS)
 clean:  ## remove what the demo made, caches and the environment
 	rm -rf demo .cache .venv .venv-oldest mutants .coverage* .*_cache .hypothesis __pycache__ */__pycache__

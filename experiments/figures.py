@@ -32,12 +32,13 @@ def by_method(rows: list[Row]) -> dict[str, list[Row]]:
 
 
 def anytime(figure, rows, published, others):
-    axes = figure.subplots()
+    """By mega-batch; a run of one alone, a single long schedule, ends with the others."""
+    axes, longest = figure.subplots(), max(len(row.records[0]["mega_batches"]) for row in rows)
     axes.set(xlabel="mega-batches seen", ylabel="test accuracy, %")
     for i, row in enumerate(rows):
-        seen = range(len(row.records[0]["mega_batches"]))
-        samples = [row.values("mega_batches", j, "test", "accuracy") for j in seen]
-        draw_line(axes, [j + 1 for j in seen], samples, i, label=row.label)
+        n = len(row.records[0]["mega_batches"])
+        samples = [row.values("mega_batches", j, "test", "accuracy") for j in range(n)]
+        draw_line(axes, range(longest - n + 1, longest + 1), samples, i, label=row.label)
 
 
 def corruption_bars(figure, rows, published, others):
@@ -188,4 +189,5 @@ FIGURES = {
     "figure5": weight_noise,
     "figure6": rates,
     "cost": cost,
+    "generations": anytime,
 }

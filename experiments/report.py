@@ -11,13 +11,14 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import lure
 from evaluate import EPSILONS, SIGMAS
 from experiments import tables
 from experiments.claims import is_of, paired, spread, verdict, with_interval
+from experiments.command import guarded
+from experiments.data import DataError
 from experiments.figures import FIGURES
+from experiments.files import write
 from experiments.rows import NAMES, Row, load_rows, split_measured
-from lure import DataError
 
 RESULTS = Path(__file__).parent.parent / "results"
 TITLES = {"cifar10": "CIFAR-10", "cifar10-jpeg": "CIFAR-10 (JPEG copy)", "cifar100": "CIFAR-100"}
@@ -40,6 +41,7 @@ SUBJECTS = {
     "where-from": "method, schedule or choice of the epoch",
     "cost": "accuracy and errors against image passes",
     "forgetting": "accuracy before and right after forgetting, and after relearning",
+    "generations": "forget and relearn on one data set",
     "precision": "of training",
     "demo": "all methods",
 }
@@ -70,6 +72,7 @@ FORGETTING = [
     Column("Relearned, %", ("forgetting", "relearned"), paired=True),
 ]
 COLUMNS = {
+    "generations": [column for column in MAIN if column.path[1] not in ("cer", "seconds")],
     "forgetting": FORGETTING,
     "figure2": [Column("mCA, %", ("corruptions", "mean"), printed="mca", paired=True)],
     "figure3": ATTACKS,
@@ -81,13 +84,15 @@ COLUMNS = {
 def warm_start_of(row: Row, rows: list[Row]) -> Row | None:
     """The warm start that a row is compared with: of the same options, or else of most of them and no other.
 
-    What a method has besides may only be of forgetting; what a warm start has besides may be anything.
+    What a method has besides may only be of forgetting; what a warm start has besides may be anything. Both
+    have trained on as many images.
     """
     own = {"keep", "pi", "pi_fraction", "set"} if row.method != "warm-start" else row.named.keys()
     fitting = [
         other
         for other in rows
         if other.method == "warm-start" and other is not row
+        if len({*row.values("totals", "image_passes"), *other.values("totals", "image_passes")}) <= 1
         if other.named.items() <= row.named.items() and row.named.keys() - other.named.keys() <= own
     ]
     return max(fitting, key=lambda other: len(other.named), default=None)
@@ -145,9 +150,9 @@ def markdown(head: list[str], lines: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, rule, *lines))
 
 
-CLAIMS = (
-    "| The paper's claim | where | tested | difference [95 %] | |\n| :--- | :--- | :--- | :--- | :--- |\n"
-)
+CLAIMS = """| The paper's claim | where | tested | difference [95 %] | | intervals |
+| :--- | :--- | :--- | :--- | :--- | ---: |
+"""
 
 
 # ------------------------------------------------------------ Reports
@@ -160,7 +165,8 @@ def report(out: Path, runs: list[tuple[str, Path]], incomplete: bool = False) ->
     name, scale = out.stem, out.resolve().parent.name
     paper = json.loads((RESULTS / "paper.json").read_text())
     source = "table9" if name == "figure3" else name  # half of that figure is that table
-    published = paper["tables"].get(source, {"rows": []})["rows"]
+    printed_there = paper["tables"].get(source, {"rows": []})
+    published, notes = printed_there["rows"], printed_there.get("notes", [])
     columns, parts, lines = COLUMNS.get(name, MAIN), [], []
     absent = [path for _, path in runs if incomplete and not path.exists()]
     if not runs:
@@ -184,15 +190,17 @@ def report(out: Path, runs: list[tuple[str, Path]], incomplete: bool = False) ->
             where = f"({scale}, {title})"
             draw(name, out.with_name(f"{name}-{dataset}.png"), where, measured, printed, others)
         parts.append(f"{caption(title, measured, columns)}\n\n{table(measured, columns, printed)}")
-        parts += [shares_table(measured)] * (name == "forgetting")
+        if name in MORE:
+            parts.append(MORE[name](measured))
+        parts += ["".join(f"- In the paper, {note}.\n" for note in notes)] * bool(printed and notes)
         parts += [f"Not measured: {', '.join(f'`{path.stem}`' for path in missing)}.\n"] * bool(missing)
         for claim in paper["claims"]:
             if claim["table"] == name and (result := verdict(claim, rows)):
-                cells = [claim["claim"], headline(name).split(":")[0], f"{scale}, {title}", *result]
+                cells = [claim["claim"], headline(name).split(":")[0], f"{scale}, {title}", *map(str, result)]
                 lines.append(f"| {' | '.join(cells)} |\n")
     text = "\n".join(parts) + (f"\n{CLAIMS}{''.join(lines)}" if lines else "")
     if text:
-        lure.write(out, lambda file: file.write(text.encode()))
+        write(out, lambda file: file.write(text.encode()))
     return text or f"nothing has been measured yet for {name}"
 
 
@@ -203,7 +211,7 @@ def draw(name: str, path: Path, where: str, *rows) -> None:
     figure = Figure(layout="constrained")
     FIGURES[name](figure, *rows)
     figure.suptitle(f"{headline(name)} {where}", fontsize=9)
-    lure.write(path, partial(figure.savefig, format="png", dpi=130))
+    write(path, partial(figure.savefig, format="png", dpi=130))
 
 
 def shares_table(rows: list[Row]) -> str:
@@ -216,6 +224,23 @@ def shares_table(rows: list[Row]) -> str:
         for name in rows[0].values("shares")[0]
     ]
     return markdown(["Redrawn of, %", *(row.label for row in rows)], lines)
+
+
+def forgotten_table(rows: list[Row]) -> str:
+    """Markdown: the test accuracy right after each forgetting, for the rows that forget."""
+    rows = [row for row in rows if row.values("mega_batches", 0, "forgotten", "accuracy")]
+    times = range(max((len(row.records[0]["mega_batches"]) for row in rows), default=1) - 1)
+    lines = [
+        [
+            NAMES[row.method],
+            *(spread(row.values("mega_batches", i, "forgotten", "accuracy"), 1) for i in times),
+        ]
+        for row in rows
+    ]
+    return markdown(["Right after forgetting, %", *(f"after generation {i + 1}" for i in times)], lines)
+
+
+MORE = {"forgetting": shares_table, "generations": forgotten_table}
 
 
 def headline(name: str) -> str:
@@ -247,26 +272,11 @@ def caption(title: str, rows: list[Row], columns: list[Column]) -> str:
     )
 
 
-INTRODUCTION = """# Results
-
-Written by `make overview` from the reports in `paper`, `narrow`, `small` and `precision`, as far as they have
-been measured; the speed of the loop is in [`bench`](bench), since most runs shared their cores with others.
-Every run is a file, `SCALE/DATASET/ROW-SEED.json`.
-
-## The paper's claims
-
-Held: every 95 % t interval of the differences, over at least three seeds, lies on the claim's side of zero;
-not held: one lies on the other side (each is an interval by itself: of twenty, one may do so by chance). What
-is tested at the small scale says what happens there, and refutes nothing beyond it. The paper's numbers stand
-beside ours wherever it prints any, whatever the scale; Figure 6's grid of rates is ours.
-"""
-
-
 def overview(folder: Path) -> str:
     """Write folder/README.md: the claims, then all reports, from its subfolders, one for each scale."""
     parts, claims = [], []
     for scale in ("paper", "narrow", "small", "precision"):
-        for name in SUBJECTS:
+        for name in tables.SCALES[scale]:
             path = folder / scale / f"{name}.md"
             if path.exists():
                 shown_tables, _, lines = path.read_text().partition(CLAIMS)
@@ -276,14 +286,18 @@ def overview(folder: Path) -> str:
                 parts.append(f"## {headline(name)} ({scale})\n\n{shown}{shown_tables.rstrip()}\n")
     if not parts:
         raise DataError(f"{folder}: expected reports in paper, narrow, small or precision; found none")
-    text = f"{INTRODUCTION}\n{CLAIMS}{''.join(claims)}\n" + "\n".join(parts)
-    lure.write(folder / "README.md", lambda file: file.write(text.encode()))
+    told = "".join(claims)
+    counts = [int(line.split("|")[-2]) for line in told.splitlines()]
+    number = f"{len(counts)} tests of claims, by {sum(counts)} intervals."
+    introduction = (Path(__file__).parent / "overview.md").read_text()
+    text = f"{introduction}\n{number}\n\n{CLAIMS}{told}\n" + "\n".join(parts)
+    write(folder / "README.md", lambda file: file.write(text.encode()))
     return text
 
 
 # ------------------------------------------------------------ Command line
 def main(argv=None) -> int:
-    """The command line, that of experiments/tables.py; its status is that of `lure.main`."""
+    """The command line, that of experiments/tables.py; its status is that of `runs.main`."""
     argv = sys.argv[1:] if argv is None else argv
 
     def call():
@@ -295,7 +309,7 @@ def main(argv=None) -> int:
             out = Path(asked.out) / f"{name}.md"
             print(report(out, runs, asked.incomplete), out, sep="\n")
 
-    return lure.guarded("report.py", call)
+    return guarded("report.py", call)
 
 
 if __name__ == "__main__":

@@ -3,17 +3,18 @@
 import inspect
 import json
 import statistics
+from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import lure
 from baselines import METHODS
-from lure import DataError
+from experiments.data import DataError
+from experiments.runs import PATHS, Config
 
 NAMES = {method: method for method in METHODS}
 NAMES |= {"warm-start": "Warm start", "sp": "S&P", "llf": "LLF", "lure": "LURE", "scratch": "Scratch"}
-NAMES |= {"rifle": "RIFLE", "dash": "DASH", "fire": "FIRE"}
+NAMES |= {"rifle": "RIFLE", "ke": "KE", "dash": "DASH", "fire": "FIRE"}
 NAMES |= {"fisher": "LURE by Fisher", "magnitude": "LURE by magnitude", "random": "LURE by chance"}
 MEASURED = {
     ".metrics.json": ("ece", "reliability", "weight_noise", "redrawing"),
@@ -53,7 +54,8 @@ class Row(NamedTuple):
 
     @property
     def label(self) -> str:
-        return ", ".join([NAMES[self.method], *(f"{k} {v}" for k, v in self.named.items())])
+        named = (k if v is True else f"{k} {v}" for k, v in self.named.items())
+        return ", ".join([NAMES[self.method], *named])
 
 
 def load_record(path: Path, row: str) -> dict:
@@ -65,8 +67,9 @@ def load_record(path: Path, row: str) -> dict:
 
     def load(file: Path) -> dict:
         record = json.loads(file.read_text())
-        config = {"method": "lure", "set": []} | record["config"]
-        apart = lure.PATHS | {"method", "seed", "classes", "precision"}
+        since = {f.name: f.default for f in fields(Config)}  # options that an old record may lack
+        config = since | {"method": "lure", "set": []} | record["config"]
+        apart = PATHS | {"method", "seed", "classes", "precision"}
         options = {k: v for k, v in config.items() if k not in apart}
         return record | {"config": config, "options": options | {"data": record["data"]["sha256"]}}
 
@@ -93,6 +96,8 @@ def load_record(path: Path, row: str) -> dict:
                 part["ece"] *= 100
         if noisy := record.get("weight_noise"):
             record["noise_drop"] = {s: noisy["0"] - a for s, a in noisy.items() if s != "0"}
+        by_type = {k: v for k, v in record.get("corruptions", {}).items() if k != "mean"}
+        record["corruption"] = {k: statistics.fmean(v) for k, v in by_type.items()}
         record |= forgetting_of(record["mega_batches"])
         record["options"]["precision"] = record["precision"]  # that it ran in, whatever the option's word
         if "keep" not in inspect.signature(METHODS[method]).parameters:

@@ -1,16 +1,10 @@
-"""The paper's tables and figures as data, at every scale, and the Make rules of what is missing of them.
-
-    python -m experiments.tables table3 --scale narrow --data photos/cifar10-jpeg | make -f - -j2 all
+"""The paper's tables and figures as data, at every scale.
 
 A table is a list of rows, "METHOD OPTION=VALUE ...": a method of baselines.py and what differs from the
-options of the scale. A run is a file, OUT/DATASET/ROW-SEED.json; tables with the same row share it. Only the
-standard library is needed, so that `make -n` lists the runs where nothing is installed.
+options of the scale. A run is a file, OUT/DATASET/ROW-SEED.json; tables with the same row share it.
 """
 
 import argparse
-import os
-import re
-import shlex
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -35,7 +29,11 @@ RECIPES = ("", "select=best-val", "gamma=1", "gamma=1 select=best-val")
 NOISE = ("", "label-noise=0.2", "label-noise=0.4")
 
 
-def scale(four: str, buffer: str, long, shots, archs, rates, epochs, besides: tuple, compared: tuple) -> dict:
+# On one data set (Zhou et al. 2022): as many passes in one schedule, and in as many schedules as generations.
+FORGETTERS = ("warm-start", "ke", "rifle", "llf", "sp", "lure", "random", "dash", "fire", "scratch")
+
+
+def scale(four, buffer: str, long, shots, archs, rates, epochs, besides, compared, whole: str) -> dict:
     """All tables; those in which 8 mega-batches are not needed have `four`."""
     metrics = Table(COMPARED)
     return {
@@ -56,6 +54,7 @@ def scale(four: str, buffer: str, long, shots, archs, rates, epochs, besides: tu
         "where-from": Table(("warm-start", "lure", "random", "scratch"), with_each(four, RECIPES)),
         "cost": Table(("warm-start", "lure", "sp", "scratch"), with_each(four, epochs)),
         "forgetting": Table(COMPARED, besides=("fisher", "magnitude", "random")),
+        "generations": Table(FORGETTERS, ("generations",), besides=(f"warm-start generations {whole}",)),
     }
 
 
@@ -72,6 +71,7 @@ PAPERS = scale(
     epochs=("epochs=5", "epochs=10", "epochs=20", ""),
     besides=("warm-start gamma=1",),
     compared=PAPER,
+    whole="mega-batches=1 epochs=2200",
 )
 # What two CPU cores do in two or three hours. The sizes are such that epochs end with whole batches: of 284
 # images 28 are for validation and 256 are four batches; 275 less 28, and 8 from the buffer, are four but one.
@@ -86,6 +86,7 @@ SMALL = scale(
     epochs=("epochs=5", "", "epochs=20"),
     besides=("warm-start gamma=1", "warm-start precision=float32"),
     compared=("warm-start", "lure"),
+    whole="mega-batches=1 epochs=400",
 )  # fmt: skip
 # The paper's protocol but for the width of the network. A run takes an hour, so those that decide come first.
 SIX = ("warm-start", "warm-start gamma=1", "lure", "llf", "sp", "scratch")
@@ -106,6 +107,11 @@ BASE = {
     "narrow": "arch=small precision=float32",
     "demo": "image-size=16 arch=small mega-batches=4 epochs=10",
     "precision": "precision=bfloat16 mega-batches=4 limit=1136 limit-test=1000 epochs=10",
+}
+# Of rows with `generations`. Zhou et al. train 224×224 images, by a cosine decay.
+GENERATIONS = {
+    "paper": "replay=none mega-batches=11 epochs=200 image-size=64",
+    "small": "replay=none arch=small precision=float32 shots=100 mega-batches=10 epochs=40",
 }
 ONE_SEED = {("small", "table4"), ("small", "table6"), ("small", "figure6"), ("small", "cost")}
 ONE_SEED |= {("demo", "demo"), ("demo", "forgetting")}
@@ -144,97 +150,18 @@ def own(name: str, asked: argparse.Namespace) -> list[Run]:
 def datasets(name: str, asked: argparse.Namespace) -> list[str]:
     if asked.datasets:
         return asked.datasets
-    if asked.scale != "paper":
+    if asked.scale != "paper" or name == "generations":
         return ["digits"] if asked.scale == "demo" else [Path(asked.data or "DATA").resolve().name]
     if name in ("table1", "table2", "table3"):
         return ["cifar10", "cifar100", *["restricted-imagenet"] * bool(asked.imagenet)]
     return ["restricted-imagenet" if name == "table5" else "cifar10"]
 
 
-def where(dataset: str, asked: argparse.Namespace) -> tuple[str, str]:
-    """The data set as --dataset names it, and the folder that it is in."""
-    by_name = dataset in KNOWN and (asked.datasets or asked.scale in ("paper", "demo"))
-    if dataset == "restricted-imagenet" and by_name:
-        return dataset, asked.imagenet or "IMAGENET"
-    return (dataset, asked.data or "data") if by_name else ("folder", asked.data or "DATA")
-
-
-def command(run: Run, asked: argparse.Namespace) -> str:
-    method, *options = run.row.split()
-    name, folder = where(run.dataset, asked)
-    three = ["mega-batches=3"] * (name == "restricted-imagenet")
-    words = [f"--dataset {name} --data {shlex.quote(folder)}"]
-    words += [f"--{option.replace('=', ' ')}" for option in (*three, *BASE[asked.scale].split())]
-    words += [f"--method {method}", *(f"--{option}" for option in options), f"--seed {run.seed}"]
-    path = run.path(asked.out)
-    return " ".join([*words, *asked.args, "--out", path, "--checkpoint", path.replace(".json", ".pt")])
-
-
-def measured(name: str, runs: list[Run]) -> dict[Run, str]:
-    """Of a table's own runs, those of which it shows more than records: the ending of the file of that."""
-    endings = {"figure2": "corruptions", "figure3": "attack", "figure4": "metrics", "figure5": "metrics"}
-    if name == "forgetting":
-        return {run: ".metrics.json" for run in runs if run.row in ("lure", "lure replay=none")}
-    return dict.fromkeys(runs, f".{endings[name]}.json") if name in endings else {}
-
-
-def needed(runs: dict, missing: list[str], asked: argparse.Namespace) -> list[str]:
-    """Before the runs: the shell's lines that say what was not given, or load each data set once."""
-    coming = {d: where(d, asked) for d in dict.fromkeys(run.dataset for run in runs)}
-    lack = []
-    if not asked.data and "folder" in (name for name, _ in coming.values()):
-        lack.append("DATA: expected DATA=<folder with train/<class>/ and test/<class>/ of images>")
-    if not asked.imagenet and "restricted-imagenet" in (name for name, _ in coming.values()):
-        lack.append("IMAGENET: expected IMAGENET=<folder with train/ and val/>")
-    if not asked.cifar10c and any(path.endswith(".corruptions.json") for path in missing):
-        lack.append("CIFAR10C: expected CIFAR10C=<folder of CIFAR-10-C>")
-    if lack:
-        return [f"@echo {shlex.quote(lack[0])} >&2; exit 2"]
-    sizes = {"0", *re.findall(r"image-size=(\d+)", " ".join(run.row for run in runs))}
-    load = "sys.exit(lure.guarded(sys.argv[2], lambda: lure.load_dataset(*sys.argv[1:4], int(sys.argv[4]))))"
-    call = f"{asked.python} -c {shlex.quote(f'import sys, lure; {load}')}"
-    places = [place for place in coming.values() if place[0] != "digits"]
-    return [
-        f"{call} {n} {shlex.quote(folder)} .cache {size}" for n, folder in places for size in sorted(sizes)
-    ]
-
-
-def rules(asked: argparse.Namespace) -> str:
-    """A makefile: `all` renders the tables, after what is missing of their runs and measurements."""
-    paths = {run: run.path(asked.out) for name in asked.tables for run in planned(name, asked)}
-    also = {
-        paths[run].replace(".json", ending): paths[run].replace(".json", ".pt")
-        for name in asked.tables
-        for run, ending in measured(name, own(name, asked)).items()
-    }
-    missing = [path for path in (*paths.values(), *also) if not os.path.exists(path)]
-    threads = f"OMP_NUM_THREADS={max(1, (os.cpu_count() or 1) // asked.jobs)}"
-    rule = {"prepare": ("", needed(paths, missing, asked))}
-    for run, path in paths.items():
-        call = f"{threads} {asked.python} baselines.py {command(run, asked)}"
-        rule[path] = ("prepare", [call])
-        # A record may be there without its checkpoint, which is not kept in git: then the run is made again.
-        rule[path.replace(".json", ".pt")] = (path, [f"[ -e $@ ] || {call}"])
-    corruptions = f"--corruptions {shlex.quote(asked.cifar10c or 'CIFAR10C')} "
-    how = {"corruptions": corruptions, "attack": "--attack ", "metrics": ""}
-    for path, checkpoint in also.items():
-        more = how[path.split(".")[-2]]
-        rule[path] = (checkpoint, [f"{threads} {asked.python} evaluate.py {more}{checkpoint}"])
-    reports = [f"{asked.python} -m experiments.report {' '.join(map(shlex.quote, asked.words))}"]
-    missing = [] if asked.incomplete else missing
-    rule["all"] = (" ".join(missing), reports)
-    lines = ["equals := =", ".PHONY: all prepare"]
-    for path, (before, recipe) in rule.items():
-        if path.endswith(".pt") or path in missing or path in ("all", "prepare"):
-            # Make would take a line with "=" for an assignment.
-            head = f"{path}: | {before}".replace("=", "$(equals)")
-            lines += [head, *(f"\t{line}" for line in recipe)]
-    return "\n".join(lines) + "\n"
-
-
 def arguments(words: list[str]) -> argparse.Namespace:
     """What is asked for, on the command line. Ends with one line and status 2 if there is no such thing."""
-    parser = argparse.ArgumentParser(prog="tables.py", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="make", usage=argparse.SUPPRESS, description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("tables", nargs="+", help="their names, or all")
     parser.add_argument("--scale", default="paper", help=", ".join(SCALES))
     for name in ("out", "data", "imagenet", "cifar10c"):
@@ -248,13 +175,10 @@ def arguments(words: list[str]) -> argparse.Namespace:
     if asked.scale not in SCALES:
         parser.exit(2, f"SCALE: expected paper, small or narrow, not {asked.scale}\n")
     there = SCALES[asked.scale]
-    asked.tables = list(there) if asked.tables == ["all"] else asked.tables
+    if asked.tables == ["all"]:  # that are the paper's
+        asked.tables = [name for name in there if name != "generations"]
     if unknown := [name for name in asked.tables if name not in there]:
         parser.exit(2, f"{unknown[0]}: SCALE={asked.scale} does not have it, only {', '.join(there)}\n")
     asked.out = asked.out or ("demo" if asked.scale == "demo" else f"results/{asked.scale}")
     asked.words = words
     return asked
-
-
-if __name__ == "__main__":
-    print(rules(arguments(sys.argv[1:])), end="")

@@ -13,9 +13,9 @@ import baselines
 import evaluate
 from experiments import figures, report
 from experiments.claims import interval, spread, verdict
+from experiments.data import DataError
 from experiments.figures import FIGURES
 from experiments.rows import MEASURED, NAMES, Row, load_rows
-from lure import DataError
 
 
 def runs_of(paths):
@@ -258,8 +258,12 @@ def test_a_claim_of_several_rows_compares_what_belongs_together():
     rows = [row("warm-start", [50, 50, 50], t=10), row("lure", [52, 52, 52.1], t=10)]
     rows += [row("warm-start", [60, 60, 60], t=20), row("lure", [61, 61, 61.1], t=20)]
     claim = ACCURACY | {"better": LURE, "than": WARM}
-    text, word = verdict(claim, rows)
-    assert word == "held" and text == "t 10: +2.03 [+1.89, +2.18]<br>t 20: +1.03 [+0.89, +1.18]"
+    text, word, intervals = verdict(claim, rows)
+    assert (
+        intervals == 2
+        and word == "held"
+        and text == "t 10: +2.03 [+1.89, +2.18]<br>t 20: +1.03 [+0.89, +1.18]"
+    )
     rows[-1] = row("lure", [60, 61, 59], t=20)
     assert verdict(claim, rows)[1] == "not decided"
     rows[-1] = row("lure", [55, 55.1, 55], t=20)
@@ -270,8 +274,40 @@ def test_a_claim_of_several_rows_compares_what_belongs_together():
     assert verdict(best, rows)[0].startswith("-3.0")
     assert verdict(claim | {"than": {"method": "sp"}}, rows) is None
     several = [row("warm-start", [50, 50, 50]), row("lure", [52, 52, 52.1]), row("fisher", [49, 49, 49.1])]
-    text, word = verdict(ACCURACY | {"better": {"method": ["lure", "fisher"]}, "than": WARM}, several)
+    text, word, _ = verdict(ACCURACY | {"better": {"method": ["lure", "fisher"]}, "than": WARM}, several)
     assert word == "not held" and re.findall("([A-Za-z ]+):", text) == ["LURE", "LURE by Fisher"]
+
+
+def test_one_interval_of_many_on_the_other_side_refutes_a_claim_only_if_it_would_by_bonferroni():
+    def told(*lures):
+        pairs = [(row("warm-start", [50, 50, 50], t=i), row("lure", x, t=i)) for i, x in enumerate(lures)]
+        return verdict(ACCURACY | {"better": LURE, "than": WARM}, [r for pair in pairs for r in pair])[1:]
+
+    slightly, clearly, above = [49.5, 49.7, 49.6], [49.5, 49.5, 49.51], [52, 52, 52.1]
+    assert told(slightly) == ("not held", 1)
+    assert told(*[above] * 9, slightly) == ("not decided", 10)
+    assert told(*[above] * 9, clearly) == ("not held", 10)
+
+
+def test_many_measures_of_the_same_rows_are_one_line():
+    rows = [row("warm-start", [50, 50, 50]), row("lure", [52, 52, 52.1])]
+    for r, signs in zip(rows, ([0] * 6, [1, 1, 1, 1, -1, 0]), strict=True):
+        for i, record in enumerate(r.records):
+            record["corruption"] = {f"c{j}": sign + 0.01 * i * bool(sign) for j, sign in enumerate(signs)}
+    metrics = [["corruption", f"c{j}"] for j in range(6)]
+    text, word, intervals = verdict({"better": LURE, "than": WARM, "metrics": metrics, "higher": True}, rows)
+    assert text == "-0.99 to +1.01, 6 intervals, 4 on the claim's side, 1 on the other"
+    assert (word, intervals) == ("not held", 5)  # the sixth does not differ
+
+
+def test_a_claim_about_a_range_compares_the_widths_over_all_rows_of_a_method():
+    rows = [row("lure", [50, 51, 52], lr=0.1), row("lure", [49, 50.1, 51], lr=0.2)]
+    rows += [row("warm-start", [50, 51, 52], lr=0.1), row("warm-start", [40, 41, 42], lr=0.2)]
+    rows += [row("warm-start", [45, 45, 45], lr=0.3)]
+    claim = ACCURACY | {"better": LURE, "than": WARM, "higher": False, "range": True}
+    assert verdict(claim, rows) == ("-9.03 [-9.18, -8.89]", "held", 1)
+    assert verdict(claim | {"higher": True}, rows)[1] == "not held"
+    assert verdict(claim, rows[1:]) is None  # of one row there is no range
 
 
 def test_what_does_not_differ_at_all_has_no_say_in_a_claim():
@@ -295,6 +331,10 @@ def test_what_warm_start_a_row_is_compared_with():
     found = [report.warm_start_of(r, rows) for r in rows]
     assert found[0] is None and found[1] is plain and found[2] is noisy and found[3] is plain
     assert report.warm_start_of(row("lure", [41], gamma=1), rows) is None  # that of gamma 1 is not there
+    short, long = row("warm-start", [50], epochs=5), row("warm-start", [50])
+    for r, passes in ((short, 5), (long, 10)):
+        r.records[0]["totals"]["image_passes"] = passes
+    assert report.warm_start_of(short, [short, long]) is None  # it has trained on fewer images
 
 
 @given(st.lists(st.floats(-100, 100), min_size=2, max_size=12))
@@ -325,6 +365,12 @@ def test_overview_has_every_report_that_is_there(folder, tmp_path):
     assert text.count("CIFAR-10: small, 8 mega-batches") == 2 and text.count(report.CLAIMS) == 1
     assert "Full replay: LURE is more accurate" in text.split("## Table 1")[0]
     assert "](small/table1-cifar10.png)" in text
+
+
+def test_an_overview_of_nothing_is_refused(tmp_path):
+    with pytest.raises(DataError, match="found none"):
+        report.overview(tmp_path / "nowhere")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_methods_own_settings_are_in_its_name(tmp_path):
@@ -378,6 +424,31 @@ def test_forgetting_is_reported_around_each_forgetting_and_by_tensor(folder, tmp
     assert "Not measured: `warm-start-1`." in text
     with pytest.raises(DataError, match=r"warm-start-1.json: expected what newer runs measure"):
         render(out, [path])
+
+
+def test_generations_are_reported_beside_one_schedule_and_right_after_each_forgetting(tmp_path):
+    runs, out = tmp_path / "digits", tmp_path / "generations.md"
+    for name in (
+        "ke+generations",
+        "warm-start+generations",
+        "warm-start+generations+mega-batches=1+epochs=3",
+    ):
+        method, *more = name.split("+")
+        options = [*SMALL, "--mega-batches", "3", *(f"--{option}" for option in more), "--method", method]
+        assert baselines.main([*options, "--limit-test", "20", "--out", f"{runs}/{name}-1.json"]) == 0
+    text = render(out, [runs])
+    head, _, ke, whole, warm, after, _, *lines = rows_of(text)
+    assert head[:3] == ["Method", "mega-batches", "epochs"] and head[-1] == "Image passes"
+    assert [row[:3] for row in (ke, warm, whole)] == [
+        ["KE", "3", "1"],
+        ["Warm start", "3", "1"],
+        ["Warm start", "1", "3"],
+    ]
+    assert ke[-1] == warm[-1] == whole[-1] == str(3 * 108) and whole[5] != "–"  # compared with warm start
+    rows = json.loads((runs / "ke+generations-1.json").read_text())["mega_batches"]
+    assert after[1:] == ["after generation 1", "after generation 2"]
+    assert lines[0] == ["KE", *(f"{row['forgotten']['accuracy']:.1f}" for row in rows[:2])]
+    assert len(lines) == 2 and (tmp_path / "generations-digits.png").stat().st_size > 10_000
 
 
 def test_an_incomplete_report_renders_what_is_there_and_names_what_is_not(folder, tmp_path):

@@ -1,0 +1,312 @@
+"""The Make targets, the runs that experiments/tables.py plans for them, and the rules for make."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, SMALL
+from PIL import Image
+
+import baselines
+import lure
+from experiments import tables
+from experiments.command import Parser
+from experiments.make import command, rules
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A copy of the project to run make in."""
+    for name in ("lure.py", "baselines.py", "evaluate.py", "Makefile", "results/paper.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    shutil.copytree(ROOT / "experiments", tmp_path / "experiments")
+    return tmp_path
+
+
+def make(folder, *words):
+    environment = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
+    words = ["make", f"PYTHON={sys.executable}", *words]
+    return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+TARGETS = [f"reproduce-table{i}" for i in range(1, 10)] + [f"reproduce-figure{i}" for i in range(2, 7)]
+TARGETS += ["where-from", "cost", "forgetting", "generations", "precision"]
+
+
+def planned(folder, *words):
+    """The commands of the runs that make would start, by file, in order; and all that it prints."""
+    done = make(folder, "-n", *words)
+    assert done.returncode == 0, done.stderr
+    text = done.stdout.replace("\\\n", " ")
+    lines = [line for line in text.splitlines() if "baselines.py" in line]
+    return {re.search(r"--out (\S+)", line)[1]: " ".join(line.split()) for line in lines}, text
+
+
+def test_make_lists_its_targets(checkout):
+    listed = {line.split()[1] for line in make(checkout).stdout.splitlines()}
+    assert listed >= {"demo", "test", "lint", "bench", "reproduce", "overview", "reproduce-table1"}
+    assert not (checkout / ".venv").exists()
+
+
+def test_make_demo_at_a_reduced_size(checkout):
+    done = make(
+        checkout, "demo", "METHODS=warm-start lure fire", "ARGS=--epochs 1 --limit 200 --limit-test 50"
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [line.split("|")[1].strip() for line in done.stdout.splitlines() if line.startswith("|")]
+    assert rows[2:] == ["Warm start", "LURE", "FIRE"] and "img/s" not in done.stdout
+    assert (checkout / "demo" / "demo-digits.png").stat().st_size > 10_000
+    assert not (checkout / ".venv").exists()
+
+
+def test_make_loads_a_folder_of_images_and_runs_on_it(checkout):
+    for split, label, i in product(("train", "test"), "ab", range(8)):
+        path = checkout / "photos" / split / label / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 7), (i, 30 * i, 250 - i)).save(path)
+    words = ["reproduce-table3", "SCALE=small", "DATA=photos", "METHODS=sp", "SEEDS=1", "OUT=out"]
+    done = make(checkout, *words, "ARGS=--mega-batches 1 --epochs 1")
+    assert done.returncode == 0, done.stderr
+    assert [path.name.rpartition("-")[0] for path in (checkout / ".cache").iterdir()] == ["photos-32"]
+    assert "| S&P | 1 † |" in (checkout / "out" / "table3.md").read_text()
+
+
+def test_make_runs_what_is_missing_and_nothing_else(checkout):
+    words = ["-j2", "demo", "OUT=out", "METHODS=sp", "SEEDS=1 2"]
+    words.append(f"ARGS={' '.join(SMALL[2:])}")
+    assert make(checkout, *words).returncode == 0
+    files = sorted((checkout / "out" / "digits").glob("*-?.json"))
+    assert [f.name for f in files] == ["sp-1.json", "sp-2.json"]
+    times = {f: f.stat().st_mtime_ns for f in files}
+    files[1].unlink()
+    assert make(checkout, *words).returncode == 0
+    assert [f for f in files if f.stat().st_mtime_ns != times[f]] == [files[1]]
+
+
+def test_make_measures_checkpoints_and_makes_them_again_where_they_are_gone(checkout):
+    words = ["-j2", "reproduce-figure4", "OUT=out", "DATASETS=digits", "METHODS=lure", "SEEDS=1"]
+    words.append(f"ARGS={' '.join(SMALL[2:])}")
+    assert make(checkout, *words).returncode == 0
+    record, measured = (checkout / "out" / "digits" / f"lure-1{end}" for end in (".json", ".metrics.json"))
+    assert (checkout / "out" / "figure4-digits.png").exists()
+    before = json.loads(measured.read_text())["ece"]
+    record.with_suffix(".pt").unlink()
+    runs, text = planned(checkout, *words)
+    assert not runs and "evaluate.py" not in text  # what was measured of it is still there
+    measured.unlink()
+    assert make(checkout, *words).returncode == 0
+    assert json.loads(measured.read_text())["ece"] == before
+
+
+def test_every_planned_run_is_a_call_that_baselines_takes():
+    parser = Parser(allow_abbrev=False)
+    lure.add_settings(parser, baselines.Config)
+    methods = set()
+    for scale, there in tables.SCALES.items():
+        asked = tables.arguments(["all", "--scale", scale])
+        for run in {run for name in there for run in tables.planned(name, asked)}:
+            methods.add(run.row.split()[0])
+            given = parser.parse_args(shlex.split(command(run, asked)))
+            config = baselines.Config(**vars(given))
+            baselines.method(config)
+            assert (config.method, str(config.seed)) == (run.row.split()[0], run.seed)
+    assert methods | {"ke"} == set(baselines.METHODS)
+
+
+def test_make_names_the_runs_of_every_table_without_data(checkout):
+    for scale in ("paper", "small"):
+        for target in TARGETS:
+            runs, text = planned(checkout, target, f"SCALE={scale}")
+            assert runs and all("--seed" in line and "--checkpoint" in line for line in runs.values())
+            where = "precision" if target == "precision" else scale
+            assert f"-m experiments.report {target.removeprefix('reproduce-')} --jobs 1" in text
+            assert all(f"--out results/{where}/" in line for line in runs.values())
+
+
+def test_the_runs_at_the_papers_protocol(checkout):
+    runs, _ = planned(checkout, "-j2", "reproduce-table1", "IMAGENET=/imagenet")
+    assert len(runs) == 3 * 9 * 3 and "results/paper/cifar100/fire-3.json" in runs
+    of_imagenet = [line for file, line in runs.items() if "restricted" in file]
+    assert all("--data /imagenet --mega-batches 3 " in line for line in of_imagenet)
+    everything = " ".join(runs.values())
+    assert "--arch" not in everything and "--epochs" not in everything  # the defaults are the paper's
+
+    def options(target, *words):
+        lines = planned(checkout, target, *words)[0].values()
+        return {" ".join(re.findall(r"--method \S+ (.*) --seed 1 ", line)).strip() for line in lines} - {""}
+
+    assert options("reproduce-table2") == {"--replay=buffer"}
+    assert options("reproduce-table3") == {"--replay=none"}
+    assert options("reproduce-table4") == {f"--mega-batches={t}" for t in (25, 50, 100)}
+    assert options("reproduce-table5") == {
+        f"--arch=resnet50 --shots=270 --mega-batches={t}" for t in (30, 70)
+    }
+    archs = ("resnet50", "wide_resnet50_2", "vgg16_bn")
+    four = "--mega-batches=4"
+    assert options("reproduce-table6") == {four} | {f"{four} --arch={arch}" for arch in archs}
+    assert options("reproduce-table7") == {f"--keep={keep}" for keep in (0.95, 0.9, 0.7, 0.6)}
+    assert options("reproduce-table8") == {four}
+    assert options("reproduce-table9") == {four} | {f"{four} --label-noise={p}" for p in (0.2, 0.4)}
+    cells = ("", " --select=best-val", " --gamma=1", " --gamma=1 --select=best-val")
+    assert options("where-from") == {four + cell for cell in cells}
+    assert options("cost") == {four, *(f"{four} --epochs={n}" for n in (5, 10, 20))}
+    assert f"{four} --lr=0.005 --weight-decay=0.001" in options("reproduce-figure6")
+    assert len(options("reproduce-figure6")) == 12
+    assert not any("++" in file for file in planned(checkout, "reproduce")[0])
+
+
+def test_tables_share_the_runs_that_are_the_same(checkout):
+    files = {t: set(planned(checkout, t)[0]) for t in TARGETS if t not in ("precision", "generations")}
+    same = {
+        f"results/paper/cifar10/{m}+mega-batches=4-{s}.json"
+        for m in ("warm-start", "lure")
+        for s in (1, 2, 3)
+    }
+    for target in ("reproduce-table6", "reproduce-table8", "reproduce-table9", "where-from", "cost"):
+        assert same <= files[target]
+    assert "results/paper/cifar10/lure-1.json" in files["reproduce-table1"] & files["reproduce-table7"]
+    together, _ = planned(checkout, "reproduce")
+    assert set(together) == set.union(*files.values())
+
+
+def test_the_rules_are_of_what_is_missing_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = [
+        "figure3",
+        "--scale",
+        "small",
+        "--data",
+        "x/cifar10-jpeg",
+        "--methods=lure",
+        "--seeds=1 2",
+        "--jobs=9",
+    ]
+    folder = tmp_path / "results" / "small" / "cifar10-jpeg"
+    folder.mkdir(parents=True)
+    for name in ("lure-1.json", "lure-1.attack.json", "lure-2.json"):
+        (folder / name).touch()
+    text = rules(tables.arguments(words)).replace("$(equals)", "=")
+    rule = {line.split(":")[0]: line for line in text.splitlines() if ": | " in line}
+    noisy = [
+        f"lure+mega-batches=4+limit=1136{noise}" for noise in ("", "+label-noise=0.2", "+label-noise=0.4")
+    ]
+    missing = {f"{row}-{seed}.json" for row in noisy for seed in (1, 2)} | {"lure-2.attack.json"}
+    assert {Path(path).name for path in rule["all"].split()[2:]} == missing
+    assert {Path(path).name for path in rule if path.endswith(".json")} == missing
+    assert rule[f"{folder.relative_to(tmp_path)}/lure-2.attack.json"].endswith("/lure-2.pt")
+    assert "OMP_NUM_THREADS=1 " in text and "evaluate.py --attack results/small" in text
+    asked = tables.arguments([*words, "--incomplete"])
+    assert "\nall: | \n" in rules(asked)  # to render what is there, nothing is run
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["table1", "--scale", "large"], "SCALE: expected"),
+        (["table10"], "table10: SCALE=paper does not have it"),
+    ],
+)
+def test_what_there_is_no_table_of_is_one_line(words, told, capsys):
+    with pytest.raises(SystemExit) as refusal:
+        tables.arguments(words)
+    error = capsys.readouterr().err
+    assert refusal.value.code == 2 and error.startswith(told) and error.count("\n") == 1
+
+
+def test_the_small_scale_and_what_narrows_a_table(checkout):
+    runs, _ = planned(checkout, "reproduce-table1", "SCALE=small", "DATA=photos/cifar10-jpeg")
+    assert len(runs) == 10 * 3 and "results/small/cifar10-jpeg/warm-start+gamma=1-2.json" in runs
+    assert all("--dataset folder --data photos/cifar10-jpeg --arch small" in line for line in runs.values())
+    beside, _ = planned(checkout, "precision", "DATA=photos/cifar10-jpeg")
+    assert len(beside) == 6 and sum("--precision=float32" in line for line in beside.values()) == 3
+    narrow = ["reproduce-table2", "DATASETS=cifar100", "METHODS=lure dash", "SEEDS=7", "OUT=x", "ARGS=--lr 1"]
+    runs, _ = planned(checkout, *narrow)
+    assert [*runs] == [f"x/cifar100/{m}+replay=buffer-7.json" for m in ("lure", "dash")]
+    assert all("--seed 7 --lr 1 --out" in line for line in runs.values())
+    own, _ = planned(checkout, "reproduce-table3", "SCALE=small", "DATA=photos/cifar10")
+    assert all("--dataset folder --data photos/cifar10 " in line for line in own.values())
+    seven, _ = planned(checkout, "reproduce-table7", "METHODS=lure", "SEEDS=1")
+    assert len(seven) == 5 and not any("warm-start" in file for file in seven)
+    assert '--out "results/bench"' in make(checkout, "-n", "bench").stdout
+    cores = os.cpu_count()
+    for jobs in (1, cores):  # the threads are divided
+        text = planned(checkout, f"-j{jobs}", "reproduce-table3", "SEEDS=1")[1]
+        assert f"OMP_NUM_THREADS={cores // jobs} " in text
+
+
+def test_the_narrow_scale_runs_the_papers_protocol_with_a_narrow_network(checkout):
+    def rows(target, *words):
+        runs, _ = planned(checkout, target, "SCALE=narrow", "DATA=photos/cifar10-jpeg", *words)
+        protocol = "--dataset folder --data photos/cifar10-jpeg --arch small --precision float32 --method "
+        assert all(protocol in line for line in runs.values())
+        assert {"--limit", "--epochs", "--mega-batches"} & set(" ".join(runs.values()).split()) == set()
+        seeds = [re.fullmatch(r"results/narrow/cifar10-jpeg/(.*)-(\d).json", file).groups() for file in runs]
+        each = [name for name, seed in seeds if seed == "1"]
+        assert seeds == [(name, seed) for seed in "123" for name in each]
+        return [name.replace("+replay=none", "") for name in each]
+
+    six = ["warm-start", "warm-start+gamma=1", "lure", "llf", "sp", "scratch"]
+    table3 = [*six, "lure+gamma=1", "random", "rifle", "dash", "fire"]
+    assert rows("reproduce-table3") == table3
+    assert rows("reproduce-table1") == ["warm-start", "lure", "warm-start+gamma=1", "scratch"]
+    assert rows("reproduce-table2") == [f"{name}+replay=buffer" for name in six]
+    assert rows("where-from") == ["warm-start", "warm-start+gamma=1", "lure", "lure+gamma=1"]
+    for target in ("forgetting", *(f"reproduce-figure{i}" for i in (2, 3, 4, 5))):
+        assert rows(target) == table3
+    first, _ = planned(checkout, "reproduce-table3", "SCALE=narrow", "METHODS=warm-start+gamma=1", "SEEDS=2")
+    assert [*first] == ["results/narrow/DATA/warm-start+gamma=1+replay=none-2.json"]
+    assert len(planned(checkout, "reproduce", "SCALE=narrow", "DATA=x")[0]) == 33 + 12 + 18
+
+
+def test_generations_train_on_one_data_set_as_long_in_one_schedule_as_in_many(checkout):
+    for scale, generations, epochs in (("paper", 11, 200), ("small", 10, 40)):
+        runs, text = planned(checkout, "generations", f"SCALE={scale}", "DATA=photos/flowers", "SEEDS=1")
+        names = [re.fullmatch(rf"results/{scale}/flowers/(.*)-1.json", file)[1] for file in runs]
+        *methods, whole = [name.replace("+generations", "") for name in names]
+        forgetting = ["ke", "rifle", "llf", "sp", "lure", "random", "dash", "fire", "scratch"]
+        assert methods == ["warm-start", *forgetting]
+        assert whole == f"warm-start+mega-batches=1+epochs={generations * epochs}"
+        base = f"--replay none .*--mega-batches {generations} --epochs {epochs} .*--generations "
+        assert all(re.search(base, line) for line in runs.values())
+        assert len(planned(checkout, "generations", f"SCALE={scale}", "DATA=x")[0]) == 33
+        assert text.count(" 64") == (12 if scale == "paper" else 0)  # pixels; decoded once, before
+
+
+def test_make_reports_shows_what_is_there_and_starts_nothing(checkout):
+    runs = checkout / "out" / "cifar10-jpeg"
+    runs.mkdir(parents=True)
+    shutil.copy(ROOT / "results" / "small" / "cifar10-jpeg" / "lure+replay=none-1.json", runs)
+    words = ["reports", "SCALE=small", "OUT=out", "DATA=cifar10-jpeg"]
+    done = make(checkout, *words)
+    assert done.returncode == 0, done.stderr
+    assert "Not measured: `warm-start+replay=none-1`, " in (checkout / "out" / "table3.md").read_text()
+    assert "nothing has been measured yet for table4" in done.stdout
+    assert sorted(path.name for path in (checkout / "out").glob("*.md")) == ["table3.md"]
+    assert [path.name for path in runs.iterdir()] == ["lure+replay=none-1.json"]
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["reproduce-table2", "SCALE=small"], "DATA: expected DATA=<folder with train/<class>/ and"),
+        (["reproduce-table2", "SCALE=small", "DATA=none"], "; expected none/train/<class>/<image>"),
+        (["reproduce-table5"], "IMAGENET: expected IMAGENET=<folder with train/ and val/>"),
+        (["reproduce-figure2", "DATASETS=digits"], "CIFAR10C: expected CIFAR10C=<folder of CIFAR-10-C>"),
+        (
+            ["reproduce-table4", "SCALE=narrow"],
+            "table4: SCALE=narrow does not have it, only table3",
+        ),
+        (["reproduce-table1", "SCALE=large"], "SCALE: expected paper, small or narrow"),
+    ],
+)
+def test_make_without_what_it_needs_says_so(checkout, words, message):
+    done = make(checkout, *words)
+    assert done.returncode == 2 and message in done.stderr and not (checkout / "results" / "small").exists()
