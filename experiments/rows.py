@@ -3,14 +3,13 @@
 import inspect
 import json
 import statistics
-from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from baselines import METHODS
 from experiments.data import DataError
-from experiments.runs import PATHS, Config
+from experiments.runs import DEFAULTS, PATHS
 
 NAMES = {method: method for method in METHODS}
 NAMES |= {"warm-start": "Warm start", "sp": "S&P", "llf": "LLF", "lure": "LURE", "scratch": "Scratch"}
@@ -67,8 +66,7 @@ def load_record(path: Path, row: str) -> dict:
 
     def load(file: Path) -> dict:
         record = json.loads(file.read_text())
-        since = {f.name: f.default for f in fields(Config)}  # options that an old record may lack
-        config = since | {"method": "lure", "set": []} | record["config"]
+        config = DEFAULTS | {"method": "lure", "set": []} | record["config"]
         apart = PATHS | {"method", "seed", "classes", "precision"}
         options = {k: v for k, v in config.items() if k not in apart}
         return record | {"config": config, "options": options | {"data": record["data"]["sha256"]}}

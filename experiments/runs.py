@@ -139,6 +139,7 @@ def check_feasible(config: Config, data: Dataset) -> None:
 
 # ------------------------------------------------------------ Record and state
 FORMAT = 1  # of both
+DEFAULTS = {f.name: f.default for f in fields(Config)}  # for options that an old record lacks
 PATHS = {"data", "cache", "out", "checkpoint", "device"}  # where things are: no two runs differ by these
 # Beside configuration and data, what has to be as it was for a run to be continued to the same result.
 ALL_THE_SAME = ("format", "git_commit", "versions", "processes", "device")
@@ -150,9 +151,12 @@ def read_earlier(path: str, read, run: dict, keys=()) -> dict | None:
         return None
     try:
         record = read(path)
-        since = {f.name: f.default for f in fields(Config)}  # options that an old record may lack
         there, here = (
-            {f"its {k}": r[k] for k in keys} | r["data"] | since | r["config"] | {"precision": r["precision"]}
+            {f"its {k}": r[k] for k in keys}
+            | r["data"]
+            | DEFAULTS
+            | r["config"]
+            | {"precision": r["precision"]}
             for r in (record, run)  # the precision that it ran in, whatever the option's word
         )
         odd = [k for k in there | here if k not in PATHS and there.get(k) != here.get(k)]
@@ -215,10 +219,9 @@ def main(argv, description: str, settings: type[Config], method) -> int:
 
     def call():
         given = by_first(lambda: vars(parser.parse_args(argv)))
+        # What argparse makes of --flag=-- is [].
         if odd := [name for name, value in given.items() if value == [] and name != "set"]:
-            parser.error(
-                f"--{odd[0].replace('_', '-')}: expected a value"
-            )  # of what argparse makes of --flag=--
+            parser.error(f"--{odd[0].replace('_', '-')}: expected a value")
         config = by_first(lambda: settings(**given))
         by_first(lambda: check(config))
         if WORLD > 1 and config.device in ("auto", "cuda") and torch.cuda.is_available():

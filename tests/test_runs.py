@@ -279,16 +279,6 @@ def test_every_option_is_on_the_command_line_with_its_help(capsys):
         assert f"--{f.name.replace('_', '-')} " in text and " ".join(f.metadata["help"].split()) in text
 
 
-def test_importing_prints_and_changes_nothing():
-    script = (
-        "import random, torch; torch.manual_seed(1); a = torch.get_rng_state(); n = torch.get_num_threads()\n"
-        "import lure, baselines, evaluate, experiments.bench\n"
-        "assert torch.equal(torch.get_rng_state(), a) and torch.get_num_threads() == n"
-    )
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-
-
 # ------------------------------------------------------------ Killed from outside
 FILES = ["--out", "run.json", "--checkpoint", "run.pt"]
 SLOW = ["--method", "lure", *SMALL, "--limit", "256", "--epochs", "2", "--mega-batches", "16"]
