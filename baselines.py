@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lure
-from experiments import runs
+from experiments import command, runs
 
 
 # ------------------------------------------------------------ Everything or nothing
@@ -91,27 +91,27 @@ def later_layer_forgetting_(model, pi, upcoming, fresh, generator) -> None:
 
     Blocks 3 and 4 of a ResNet (Appendix A.2); of VGG the last two convolution stages and the classifier.
     """
-    prefixes: tuple[str, ...]
     if hasattr(model, "layer4"):
-        prefixes = ("layer3.", "layer4.")
+        later = ["layer3", "layer4"]
     elif isinstance(features := getattr(model, "features", None), nn.Sequential):
         pools = [i for i, m in enumerate(features) if isinstance(m, nn.MaxPool2d)]
-        prefixes = ("classifier.", *(f"features.{i}." for i in range(pools[-2], len(features))))
+        later = ["classifier", *(f"features.{i}" for i in range(pools[-2], len(features)))]
     else:
         raise ValueError(f"llf: expected a ResNet or a VGG, got {type(model).__name__}")
-    redraw_layers_(model, fresh(), prefixes)
+    redraw_layers_(model, fresh(), later)
 
 
 def reset_classifier_(model, pi, upcoming, fresh, generator) -> None:
     """Redraw the classifier alone (RIFLE, Li et al. 2020), as a fresh network's: the last linear layer."""
-    last = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)][-1]
-    redraw_layers_(model, fresh(), (f"{last}.",))
+    linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    redraw_layers_(model, fresh(), linear[-1:])
 
 
-def redraw_layers_(model, new, prefixes: tuple[str, ...]) -> None:
+def redraw_layers_(model, new, layers: list[str]) -> None:
     with torch.no_grad():
-        for (name, p), q in zip(model.named_parameters(), new.parameters(), strict=True):
-            if name.startswith(prefixes):
+        for layer in layers:
+            both = (network.get_submodule(layer).parameters() for network in (model, new))
+            for p, q in zip(*both, strict=True):
                 p.copy_(q)
 
 
@@ -162,7 +162,7 @@ def fisher_information(model, images, labels, chunk=1) -> dict[str, Tensor]:
     weights = connections(model)
     scores = {name: torch.zeros_like(p) for name, p in weights.items()}
     for x, y in zip(images.split(chunk), labels.split(chunk), strict=True):
-        for s, g in zip(scores.values(), loss_gradient(model, weights.values(), x, y), strict=True):
+        for s, g in zip(scores.values(), loss_gradient(model, [*weights.values()], x, y), strict=True):
             s.add_(g.square(), alpha=len(y) / len(labels))
     return scores
 
@@ -189,7 +189,6 @@ def keep_top_(model, scores, keep, generator) -> dict[str, Tensor]:
 
 def loss_gradient(model, parameters, images, labels, chunk=64) -> list[Tensor]:
     """∂L/∂θ for each of `parameters`, L the mean cross-entropy over all images, in evaluation mode."""
-    parameters = list(parameters)
     total = [torch.zeros_like(p) for p in parameters]
     with evaluating(model):
         for x, y in zip(images.split(chunk), labels.split(chunk), strict=True):
@@ -212,7 +211,6 @@ def evaluating(model: nn.Module):
 
 
 # ------------------------------------------------------------ Command line
-
 METHODS: dict[str, runs.Method] = {
     "warm-start": warm_start,
     "llf": later_layer_forgetting_,
@@ -243,21 +241,20 @@ def method(config: Config) -> runs.Method:
     for setting in config.set:
         key, _, text = setting.partition("=")
         if key not in own:
-            raise ValueError(
-                f"--set {setting}: the settings of {config.method} are: {', '.join(own) or 'none'}"
-            )
+            raise ValueError(f"--set {setting}: {config.method} has the settings {', '.join(own) or 'none'}")
         kind = type(own[key])
         try:
             given[key] = kind(text)
         except ValueError as error:
             raise ValueError(f"--set {setting}: expected {key}=<{kind.__name__}>") from error
-        if not (kind is int) <= given[key] <= 1e9:
-            raise ValueError(f"--set {setting}: expected a number from {int(kind is int)} to 1e9")
+        least = 1 if kind is int else 0
+        if not least <= given[key] <= 1e9:
+            raise ValueError(f"--set {setting}: expected a number from {least} to 1e9")
     return partial(function, **given)
 
 
 def main(argv=None) -> int:
-    return runs.main(argv, __doc__.split("\n")[0], Config, method)
+    return command.run(argv, __doc__.split("\n")[0], Config, method)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import contextlib
 import json
 import statistics
 import sys
-from dataclasses import fields
 from itertools import product
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from baselines import evaluating, fisher_information, magnitudes, random_scores
 from experiments import runs
 from experiments.command import Parser, guarded
 from experiments.data import DataError, load_dataset
-from experiments.files import load, provenance, write
+from experiments.files import load, provenance, write_text
 from lure import Dataset, expected_calibration_error
 
 
@@ -98,10 +97,8 @@ def corruption_accuracy(model: nn.Module, directory: str | Path) -> dict:
     labels, device = arrays.pop("labels").long(), next(model.parameters()).device
     for name, images in arrays.items():
         if images.dtype != torch.uint8 or images.shape[3:] != (3,) or labels.shape != images.shape[:1]:
-            found = f"{images.dtype} {tuple(images.shape)} and {tuple(labels.shape)} in labels.npy"
-            raise DataError(
-                f"{directory}/{name}.npy: expected uint8 (N, H, W, 3) and N labels, found {found}"
-            )
+            found = f"{images.dtype} {tuple(images.shape)} and {len(labels)} labels"
+            raise DataError(f"{directory}/{name}.npy: expected uint8 (N, H, W, 3), N labels; found {found}")
         if len(images) == 0 or len(images) % 5:
             raise DataError(f"{directory}/{name}.npy: expected five severities, found {len(images)} images")
     result: dict = {}
@@ -126,21 +123,19 @@ def weight_noise_accuracy(model, images, labels, sigmas, repeats=3, generator=No
     The mean over `repeats` draws, made on the generator's device. `images` (N, C, H, W) float in [0, 1]. The
     parameters are put back bit by bit.
     """
-    results = []
-    for sigma in sigmas:
-        found = []
-        for _ in range(repeats):
-            with restored(model), torch.no_grad():
-                for p in model.parameters():
-                    noise = torch.randn(p.shape, generator=generator, device=(generator or p).device)
-                    p.add_(sigma * noise.to(p))
-                found.append(accuracy(model, images, labels))
-        results.append(statistics.fmean(found))
-    return results
+
+    def noisy(sigma):
+        with restored(model), torch.no_grad():
+            for p in model.parameters():
+                noise = torch.randn(p.shape, generator=generator, device=(generator or p).device)
+                p.add_(sigma * noise.to(p))
+            return accuracy(model, images, labels)
+
+    return [statistics.fmean(noisy(sigma) for _ in range(repeats)) for sigma in sigmas]
 
 
-def redrawing_accuracy(model, pi, images, labels, shares, generator) -> dict[str, list[float]]:
-    """Accuracy in percent right after redrawing each share of the weights, by each criterion of Table 8.
+def redrawing_accuracy(model, pi, images, labels, shares, generator) -> dict[str, dict[float, float]]:
+    """Criterion of Table 8 → share of the weights → accuracy in percent right after redrawing it.
 
     `pi`: images (N, C, H, W) float in [0, 1] and labels (N,) int64 to score the weights by; `images` and
     `labels` to measure on; `shares` in (0, 1). The parameters are put back bit by bit.
@@ -151,11 +146,11 @@ def redrawing_accuracy(model, pi, images, labels, shares, generator) -> dict[str
         "magnitude": magnitudes(model),
         "random": random_scores(model, generator),
     }
-    result: dict[str, list[float]] = {criterion: [] for criterion in scores}
+    result: dict[str, dict[float, float]] = {criterion: {} for criterion in scores}
     for criterion, share in product(scores, shares):
         with restored(model):
             lure.reinitialize_(model, lure.top_k_mask(scores[criterion], 1 - share), generator)
-            result[criterion].append(accuracy(model, images, labels))
+            result[criterion][share] = accuracy(model, images, labels)
     return result
 
 
@@ -181,21 +176,14 @@ def metrics(path: Path, args: argparse.Namespace) -> dict:
     wrong = f"{path}: expected a checkpoint that --checkpoint wrote"
     try:
         checkpoint = load(path)
-        of_run = {
-            f.name: checkpoint["config"][f.name]
-            for f in fields(runs.Config)
-            if f.name in checkpoint["config"]
-        }
-        config, classes, weights = runs.Config(**of_run), checkpoint["classes"], checkpoint["weights"]
+        names, classes, weights = runs.DEFAULTS, checkpoint["classes"], checkpoint["weights"]
+        config = runs.Config(**{k: v for k, v in checkpoint["config"].items() if k in names})
     except Exception as error:  # a foreign file can make this raise anything
         raise DataError(f"{wrong} ({type(error).__name__})") from error
-    folder, sizes = (
-        args.data or config.data,
-        (config.image_size, config.limit, config.limit_test, config.shots),
-    )
-    data = load_dataset(config.dataset, folder, args.cache, *sizes)
+    sizes = config.image_size, config.limit, config.limit_test, config.shots
+    data = load_dataset(config.dataset, args.data or config.data, args.cache, *sizes)
     if data.classes != classes:
-        raise DataError(f"{path}: was trained on other classes than those of {folder}")
+        raise DataError(f"{path}: expected to have been trained on the classes of {args.data or config.data}")
     result = {"config": checkpoint["config"] | {"classes": classes}}
     result |= provenance(["evaluate.py", *args.argv], device, data)
     data = data.to(device)
@@ -204,18 +192,15 @@ def metrics(path: Path, args: argparse.Namespace) -> dict:
         model.load_state_dict(weights)
     except (RuntimeError, AttributeError, TypeError) as error:
         raise DataError(f"{wrong} ({type(error).__name__})") from error
+    kind = "corruptions" if args.corruptions else "attack" if args.attack else "metrics"
     if args.corruptions:
         result["corruptions"] = corruption_accuracy(model, args.corruptions)
         result["images_per_severity"] = len(load_array(args.corruptions / "labels.npy")) // 5
-        target = path.with_suffix(".corruptions.json")
     elif args.attack:
         result["pgd"] = attacked_accuracy(model, data, args.epsilons)
-        target = path.with_suffix(".attack.json")
     else:
         result |= clean_metrics(model, data, config, args.sigmas)
-        target = path.with_suffix(".metrics.json")
-    text = json.dumps(result, indent=1) + "\n"
-    write(target, lambda file: file.write(text.encode()))
+    write_text(path.with_suffix(f".{kind}.json"), json.dumps(result, indent=1) + "\n")
     return result
 
 
@@ -245,18 +230,14 @@ def clean_metrics(model, data: Dataset, config: runs.Config, sigmas) -> dict:
     noisy = weight_noise_accuracy(model, train_x, train_y, sigmas, generator=generator)
     result["weight_noise"] = {f"{s:g}": a for s, a in zip(sigmas, noisy, strict=True)}
     drawn = torch.randperm(len(train_y), generator=generator)[:1125]  # as many as the protocol's π
-    redrawn = redrawing_accuracy(model, (train_x[drawn], train_y[drawn]), test_x, test_y, SHARES, generator)
-    result["redrawing"] = {
-        criterion: {f"{s:g}": a for s, a in zip(SHARES, by_share, strict=True)}
-        for criterion, by_share in redrawn.items()
-    }
+    pi = train_x[drawn], train_y[drawn]
+    result["redrawing"] = redrawing_accuracy(model, pi, test_x, test_y, SHARES, generator)
     return result
 
 
 def summary(result: dict) -> str:
-    shown = {
-        key: result[key] for key in ("accuracy", "ece", "pgd", "weight_noise", "redrawing") if key in result
-    }
+    measured = ("accuracy", "ece", "pgd", "weight_noise", "redrawing")
+    shown = {name: result[name] for name in measured if name in result}
     return json.dumps(shown or {"mca": result["corruptions"]["mean"]})
 
 
@@ -266,7 +247,7 @@ SHARES = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
 
 
 def main(argv=None) -> int:
-    """The command line; its status is that of `runs.main`."""
+    """The command line; its status is that of `command.run`."""
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("paths", nargs="+", type=Path, metavar="CHECKPOINT")
     parser.add_argument("--corruptions", type=Path, help="folder of CIFAR-10-C: measure these instead")

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, conv1x1, conv3x3
+from torchvision.transforms.functional import resize
 from tqdm import tqdm
 
 ARCHITECTURES = ("resnet18", "resnet50", "wide_resnet50_2", "vgg16_bn", "small")
@@ -50,10 +51,10 @@ class Config:
     data: str = option("data", "folder that the data set is in, or is downloaded to")
     label_noise: float = option(0.0, "probability that a training label is redrawn, in [0, 1]", high=1)
     arch: str = option("auto", "network; auto: small for digits, else resnet18", ("auto", *ARCHITECTURES))
-    mega_batches: int = option(8, "number of mega-batches, at least 1", low=1)
+    mega_batches: int = option(8, "number of mega-batches, from 1 to 10000", low=1, high=10000)
     replay: str = option("full", "earlier samples to train on too", ("full", "buffer", "none"))
     buffer_size: int = option(187, "number of them under --replay buffer, at least 0")
-    val_fraction: float = option(0.1, "share of a mega-batch for validation, in [0, 0.9]", high=0.9)
+    val_fraction: float = option(0.1, "share for validation, in (0, 0.9]", low=1e-12, high=0.9)
     epochs: int = option(50, "epochs per mega-batch, at least 1", low=1)
     batch_size: int = option(64, "samples per step, at least 2", low=2)
     lr: float = option(0.1, "learning rate, at least 0")
@@ -91,19 +92,17 @@ class MegaBatch(NamedTuple):
 def mega_batches(
     num_samples: int, num_mega_batches: int, replay="full", buffer_size=187, val_fraction=0.1, generator=None
 ) -> list[MegaBatch]:
-    """Divide the samples at random into a stream of mega-batches, int64 index tensors on the CPU.
+    """Divide the samples at random into mega-batches of one size (±1), int64 index tensors on the CPU.
 
-    Sizes differ by at most one; `val` is round(val_fraction · size) of it; all `val` and `new` are disjoint.
-    Of the earlier training samples, `train` adds to `new` all (replay "full"), none ("none") or at most
-    `buffer_size`, a uniform sample ("buffer": a true one, what has left it never returns). ValueError where a
-    mega-batch would have nothing to train on.
+    `val` is round(val_fraction · size) of it, but at least one, and `new` the rest. `train` adds to `new` all
+    earlier of these (replay "full"), none ("none") or at most `buffer_size`, a uniform sample ("buffer": a
+    true one, what has left it never returns). ValueError where nothing would be left to train on.
     """
-    count = min(num_mega_batches, num_samples + 1)  # with one more, a part is empty
-    parts = torch.randperm(num_samples, generator=generator).tensor_split(count)
+    parts = torch.randperm(num_samples, generator=generator).tensor_split(num_mega_batches)
     priority = torch.randperm(num_samples, generator=generator)  # the buffer holds those that are first by it
     stream, earlier = [], torch.empty(0, dtype=torch.int64)
     for part in parts:
-        val, new = part.tensor_split([round(val_fraction * len(part))])
+        val, new = part.tensor_split([max(1, round(val_fraction * len(part)))])
         if len(new) == 0:
             raise ValueError(f"{num_samples} samples do not make {num_mega_batches} mega-batches to train on")
         replayed = {"full": len(earlier), "buffer": buffer_size, "none": 0}[replay]
@@ -117,23 +116,21 @@ def connection_sensitivity(model, images, labels, loss=F.cross_entropy, chunk=64
     """SNIP's connection sensitivity s_j = |g_j| / Σ_k |g_k| (Eq. 2; Lee et al. 2018, arXiv 1810.02340).
 
     `images` (N, …) go to the model unchanged, `chunk` at a time; `labels` (N, …). `loss(output, labels)` is a
-    mean over samples; L is that over all N, in evaluation mode. Returns scores >= 0, of the weight's shape,
-    float32 at least, for a parameter of two or more dimensions that requires a gradient (a connection, not a
-    bias or normalisation). Together they sum to 1, or are all 0. Model and gradients stay as they were.
+    mean over samples; L is that over all N, in evaluation mode. Returns, for each parameter of two or more
+    dimensions that requires a gradient (a connection, not a bias or normalisation), scores >= 0 of its shape,
+    float32 at least; their sum is 1, or 0. Model and gradients stay as they were.
     """
     weights = {name: p for name, p in model.named_parameters() if p.ndim >= 2 and p.requires_grad}
     gradients = [torch.zeros_like(p) for p in weights.values()]
     training = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        with torch.enable_grad(), torch.autocast(labels.device.type, enabled=False):
-            for x, y in zip(images.split(chunk), labels.split(chunk), strict=True):
-                part = loss(model(x), y) * (len(y) / len(labels))
-                more = torch.autograd.grad(part, [*weights.values()], materialize_grads=True)
-                gradients = [g + m for g, m in zip(gradients, more, strict=True)]
-    finally:
-        for module, flag in training.items():
-            module.training = flag
+    model.eval()
+    with torch.enable_grad(), torch.autocast(labels.device.type, enabled=False):
+        for x, y in zip(images.split(chunk), labels.split(chunk), strict=True):
+            part = loss(model(x), y) * (len(y) / len(labels))
+            more = torch.autograd.grad(part, [*weights.values()], materialize_grads=True)
+            gradients = [g + m for g, m in zip(gradients, more, strict=True)]
+    for module, flag in training.items():
+        module.training = flag
     scores = {}
     for (name, p), g in zip(weights.items(), gradients, strict=True):
         # g is a derivative by the mask, not by the weight: the loss sees m·θ, so ∂L/∂m = θ·∂L/∂θ at m = 1.
@@ -146,8 +143,8 @@ def top_k_mask(scores: dict[str, Tensor], keep: float) -> dict[str, Tensor]:
     """M_j = 1[s_j >= s̃_k] (section 3): True for the k = max(1, round(keep · m)) largest of all m scores.
 
     Exactly k: of equal scores the earlier is kept (order of the dict, then row-major), where the paper's
-    indicator would keep them all. Bool tensors of the scores' names and shapes, in time linear in m.
-    ValueError unless 0 < keep <= 1 and no score is NaN.
+    indicator would keep them all. Bool tensors, named and shaped as the scores. ValueError unless
+    0 < keep <= 1 and no score is NaN.
     """
     if not 0 < keep <= 1 or any(s.isnan().any() for s in scores.values()):
         raise ValueError(f"expected keep in (0, 1] and scores without NaN; keep is {keep}")
@@ -216,28 +213,24 @@ class Dataset(NamedTuple):
     flip: bool = True
 
     def to(self, device) -> "Dataset":
-        images, labels, test_images, test_labels = (tensor.to(device) for tensor in self[:4])
-        return self._replace(images=images, labels=labels, test_images=test_images, test_labels=test_labels)
+        return self._replace(**{k: v.to(device) for k, v in self._asdict().items() if hasattr(v, "to")})
 
     def samples(self, index: Tensor) -> tuple[Tensor, Tensor]:
         return to_input(self.images[index]), self.labels[index]
 
 
-def load_dataset(name: str, folder="data", side=16) -> Dataset:
-    """CIFAR-10 or -100, which torchvision downloads to the folder, or the digits, resized to `side`. OSError.
-
-    At the digits' own 8×8, the last stage of `small` would have one pixel, and most of its weights no data.
-    """
+def load_dataset(name: str, folder="data") -> Dataset:
+    """CIFAR-10 or -100, which torchvision downloads to the folder, or scikit-learn's digits. OSError."""
     if name == "digits":
         from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
 
         pixels, labels = (torch.from_numpy(x) for x in load_digits(return_X_y=True))
         pixels = (pixels * 255 / 16).round().to(torch.uint8).view(-1, 1, 8, 8)
-        images = torchvision.transforms.functional.resize(pixels, [side, side]).view(-1, side, side, 1)
-        test, train = stratified(labels, len(labels)).tensor_split([round(0.2 * len(labels))])
-        images, labels, test_images, test_labels = images[train], labels[train], images[test], labels[test]
-        data = Dataset(images, labels, test_images, test_labels, list("0123456789"), (0.3053,), (0.3762,))
-        return data._replace(padding=1, flip=False)  # a mirrored digit is another digit
+        images = resize(pixels, [16, 16]).view(-1, 16, 16, 1)  # of 8×8, `small` would leave one pixel
+        train, test = train_test_split(range(len(labels)), test_size=0.2, stratify=labels, random_state=0)
+        data = Dataset(images[train], labels[train], images[test], labels[test], list("0123456789"))
+        return data._replace(mean=(0.3053,), std=(0.3762,), padding=1, flip=False)  # a mirrored 2 is no 2
     source = getattr(torchvision.datasets, name.upper())
     try:
         train, test = (source(folder, split, download=True) for split in (True, False))
@@ -249,16 +242,6 @@ def load_dataset(name: str, folder="data", side=16) -> Dataset:
     if name == "cifar100":
         return data._replace(mean=(0.5071, 0.4866, 0.4409), std=(0.2673, 0.2564, 0.2762))
     return data
-
-
-def stratified(labels: Tensor, size: int, equal: bool = False) -> Tensor:
-    """Indices of a fixed random sample, the classes in proportion to their sizes, or in `equal` numbers."""
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    rank = torch.empty(len(labels))
-    for c in labels.unique():
-        members = order[labels[order] == c]
-        rank[members] = (torch.arange(len(members)) + 0.5) / (1 if equal else len(members))
-    return rank.argsort(stable=True)[:size]
 
 
 # ------------------------------------------------------------ Networks
@@ -276,8 +259,7 @@ def build_model(arch: str, data: Dataset, generator: torch.Generator) -> nn.Modu
             model = small_resnet(classes, channels)
         elif arch == "vgg16_bn":
             model = torchvision.models.vgg16_bn(num_classes=classes, init_weights=False)
-            model.features = model.features[:-1]
-            model.features[0] = nn.Conv2d(channels, 64, 3, padding=1)
+            model.features[0], model.features[-1] = nn.Conv2d(channels, 64, 3, padding=1), nn.Identity()
             model.avgpool, model.classifier = nn.AdaptiveAvgPool2d(1), nn.Linear(512, classes)
         else:
             model = getattr(torchvision.models, arch)(num_classes=classes)
@@ -333,14 +315,14 @@ def pick_precision(name: str, device: torch.device) -> str:
 
 
 def train_epoch_(model, optimizer, data: Dataset, train: Tensor, config, generator) -> Tensor:
-    """One epoch on the samples `train`, without a synchronisation. Returns (running mean loss, accuracy)."""
+    """One epoch on the samples `train`, without a synchronisation. Returns the running accuracy, [0, 1]."""
     device = train.device
     bfloat16 = pick_precision(config.precision, device) == "bfloat16"
     order = train[torch.randperm(len(train), device=device, generator=generator)]
     batches = list(order.split(config.batch_size))
     if len(batches) > 1 and len(batches[-1]) < max(config.batch_size / 2, 2 * WORLD):
         batches[-2:] = [torch.cat(batches[-2:])]  # a batch of a few would spoil the running statistics
-    sums = torch.zeros(2, dtype=torch.float64, device=device)  # of the losses, of the correct predictions
+    correct = torch.zeros((), dtype=torch.float64, device=device)
     model.train()
     for index in batches:
         share = slice(RANK * len(index) // WORLD, (RANK + 1) * len(index) // WORLD)  # this process's
@@ -351,13 +333,12 @@ def train_epoch_(model, optimizer, data: Dataset, train: Tensor, config, generat
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        sums[0] += loss.detach() * len(index)
-        sums[1] += (logits.argmax(1) == target[share]).sum() * WORLD
+        correct += (logits.argmax(1) == target[share]).sum() * WORLD
     if WORLD > 1:  # batch normalisation uses each process's share; then running statistics become the mean
-        for tensor in (sums, *(b for name, b in model.named_buffers() if "running_" in name)):
+        for tensor in (correct, *(b for name, b in model.named_buffers() if "running_" in name)):
             torch.distributed.all_reduce(tensor)
             tensor /= WORLD
-    return sums / len(train)
+    return correct / len(train)
 
 
 def learn_(model, optimizer, data: Dataset, train: Tensor, val: Tensor, config, generator) -> dict:
@@ -370,31 +351,27 @@ def learn_(model, optimizer, data: Dataset, train: Tensor, val: Tensor, config, 
     for epoch in tqdm(range(config.epochs), "epochs", leave=False, disable=RANK > 0 or None):
         decays = (5 * epoch >= 2 * config.epochs) + (5 * epoch >= 4 * config.epochs)  # of 50, at 20 and at 40
         optimizer.param_groups[0]["lr"] = config.lr * config.gamma**decays
-        loss, running = train_epoch_(net, optimizer, data, train, config, generator)
-        if not loss.isfinite():
-            raise FloatingPointError(f"in epoch {epoch + 1}, the loss is {float(loss)}")
+        running = train_epoch_(net, optimizer, data, train, config, generator)
         if config.select == "best-val":
             accuracy = evaluate(model, data.images[val], data.labels[val])["accuracy"]
             if accuracy > best:
                 best, chosen = accuracy, copy.deepcopy(model.state_dict())
     if chosen:
         model.load_state_dict(chosen)
-    passes, seconds = config.epochs * len(train), time.perf_counter() - start
-    row = dict(running_train_accuracy=100 * float(running), image_passes=passes, seconds=seconds)
-    return row | dict(images_per_second=passes / seconds)
+    row = dict(running_train_accuracy=100 * float(running), image_passes=config.epochs * len(train))
+    seconds = time.perf_counter() - start  # after `float`, which waits for the device
+    return row | dict(seconds=seconds, images_per_second=row["image_passes"] / seconds)
 
 
 def evaluate(model: nn.Module, pixels: Tensor, labels: Tensor) -> dict:
     """Accuracy (percent), errors (count), loss, ECE ([0, 1]), in evaluation mode, float32, not augmented."""
-    if len(labels) == 0:
-        return dict(accuracy=None, errors=0, loss=None, ece=None)
     with torch.inference_mode():
         model.eval()
         parts = pixels.split(128)  # on a CPU, larger ones are half as fast: their memory is new each time
         logits = torch.cat([model(to_input(part)) for part in parts])
         errors, loss = int((logits.argmax(1) != labels).sum()), float(F.cross_entropy(logits, labels))
         if not math.isfinite(loss):
-            raise FloatingPointError(f"in evaluation, the loss is {loss}")
+            raise FloatingPointError(f"the loss is {loss}; a smaller --lr may help")
         ece = expected_calibration_error(logits.softmax(1), labels)
         return dict(accuracy=100 * (1 - errors / len(labels)), errors=errors, loss=loss, ece=ece)
 
@@ -437,7 +414,7 @@ def totals(rows: list[dict]) -> dict:
     """The paper's metrics of a run, from its mega-batches."""
     last, cer = rows[-1], cumulative_error_rate(row["test"]["errors"] for row in rows)
     train, val, test = (last[split]["accuracy"] for split in ("train", "val", "test"))
-    gap = None if val is None else train - val  # section 4, in percentage points
+    gap = train - val  # section 4, in percentage points
     final = dict(test_accuracy=test, cer=cer, generalization_gap=gap, ece=last["test"]["ece"])
     return final | {name: sum(row[name] for row in rows) for name in ("image_passes", "seconds")}
 
@@ -451,14 +428,11 @@ def run(config: Config, data: Dataset, forget=None, stream=None, state=None) -> 
     start and order are the same for every method. ValueError for settings that cannot be,
     FloatingPointError for a loss that is not finite.
     """
-    torch.backends.cudnn.allow_tf32 = False  # so that float32 is float32
     c, device, forget = config, str(data.images.device), forget or partial(lure_, keep=config.keep)
     rngs = [torch.Generator(d).manual_seed(4 * c.seed + i) for i, d in enumerate(["cpu", "cpu", device], 1)]
     start_rng, forget_rng, order_rng = rngs
     if stream is None:
         data, stream = draw_stream(c, data)
-    if c.select == "best-val" and not all(len(batch.val) for batch in stream):
-        raise ValueError("--select best-val: expected validation samples; --val-fraction leaves none")
     model, rows = build_model(c.arch, data, start_rng), []
     optimizer = torch.optim.SGD(model.parameters(), c.lr, c.momentum, weight_decay=c.weight_decay, fused=True)
     if state:
@@ -490,9 +464,9 @@ def run(config: Config, data: Dataset, forget=None, stream=None, state=None) -> 
 
 # ------------------------------------------------------------ Command line
 def pick_device(name: str) -> torch.device:
-    """The device of that name; auto: the GPU if there is one. ValueError if there is none."""
+    """The device of that name, where float32 is float32; auto: the GPU if there is one. ValueError."""
     name = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    torch.backends.cudnn.allow_tf32 = False  # so that float32 is float32
+    torch.backends.cudnn.allow_tf32 = False
     try:
         if torch.device(name).type in ("cpu", "cuda"):
             return torch.zeros(1, device=name).device
@@ -502,11 +476,9 @@ def pick_device(name: str) -> torch.device:
 
 
 def add_settings(parser: argparse.ArgumentParser, settings: type[Config]) -> None:
+    kinds: dict[type, dict] = {bool: dict(action="store_true"), tuple: dict(nargs="*")}
     for f in fields(settings):
-        kind = dict(type=type(f.default), choices=f.metadata["choices"])
-        kind = (
-            dict(action="store_true") if f.default is False else dict(nargs="*") if f.default == () else kind
-        )
+        kind = kinds.get(type(f.default)) or dict(type=type(f.default), choices=f.metadata["choices"])
         text = f"{f.metadata['help']}; default: {f.default}"
         parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=text, **kind)
 

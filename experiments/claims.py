@@ -13,6 +13,23 @@ def paired(row: Row, other: Row, *path) -> list[float]:
     return [mine[seed] - theirs[seed] for seed in sorted(mine.keys() & theirs.keys())]
 
 
+def warm_start_of(row: Row, rows: list[Row]) -> Row | None:
+    """The warm start that a row is compared with: of the same options, or else of most of them and no other.
+
+    What a method has besides may only be of forgetting; what a warm start has besides may be anything. Both
+    have trained on as many images.
+    """
+    own = {"keep", "pi", "pi_fraction", "set"} if row.method != "warm-start" else row.named.keys()
+    fitting = [
+        other
+        for other in rows
+        if other.method == "warm-start" and other is not row
+        if len({*row.values("totals", "image_passes"), *other.values("totals", "image_passes")}) <= 1
+        if other.named.items() <= row.named.items() and row.named.keys() - other.named.keys() <= own
+    ]
+    return max(fitting, key=lambda other: len(other.named), default=None)
+
+
 def interval(values: list[float], level: float = 0.95) -> tuple[float, float]:
     """t interval of the mean of two or more values, 95 % by default."""
     from scipy.stats import t

@@ -1,9 +1,18 @@
 """Command lines whose errors are one line."""
 
 import argparse
+import json
+import os
 import sys
 
+import torch
+import torch.distributed as dist
+
+import lure
+from experiments import runs
 from experiments.data import DataError
+from experiments.runs import by_first
+from lure import RANK, WORLD
 
 
 class Parser(argparse.ArgumentParser):
@@ -23,3 +32,29 @@ def guarded(program: str, call) -> int:
         print(f"{program}: {printable(error) or 'interrupted'}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 130 if isinstance(error, KeyboardInterrupt) else 1
     return 0
+
+
+def run(argv, description: str, settings: type[runs.Config], method) -> int:
+    """A command line. Returns 0; 2: a wrong call; 1: wrong data, or a loss not finite; 130: interrupted."""
+    if WORLD > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    parser = Parser(description=description, allow_abbrev=False)
+    lure.add_settings(parser, settings)
+
+    def check(config):  # in the first process, so that what is wrong is told once
+        method(config)
+        lure.pick_device(config.device)
+
+    def call():
+        given = by_first(lambda: vars(parser.parse_args(argv)))
+        config = by_first(lambda: settings(**given))
+        by_first(lambda: check(config))
+        if WORLD > 1 and config.device in ("auto", "cuda") and torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        record = runs.recorded(config, method(config))
+        if RANK == 0:
+            print(json.dumps(record["totals"]))
+        if WORLD > 1:
+            dist.destroy_process_group()
+
+    return guarded(parser.prog, call)

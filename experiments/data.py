@@ -46,7 +46,7 @@ def load_dataset(
         loaded = load_folders(name, Path(data), Path(cache), image_size or 32)
     else:
         try:
-            loaded = lure.load_dataset(name, data, image_size or 16)
+            loaded = lure.load_dataset(name, data)
         except OSError as error:
             raise DataError(error) from error
     labels, classes = loaded.labels, loaded.classes
@@ -54,9 +54,9 @@ def load_dataset(
         raise DataError(f"--shots {shots}: a class of {name} has only {fewest} training images")
     train, test = torch.arange(len(labels)), torch.arange(len(loaded.test_labels))
     if limit or shots or folder:  # a folder's images come class by class
-        train = lure.stratified(labels, shots * len(classes) or limit or len(labels), equal=shots > 0)
+        train = stratified(labels, shots * len(classes) or limit or len(labels), equal=shots > 0)
     if limit_test or folder:
-        test = lure.stratified(loaded.test_labels, limit_test or len(test))
+        test = stratified(loaded.test_labels, limit_test or len(test))
     images, test_images = (x.contiguous() for x in (loaded.images[train], loaded.test_images[test]))
     if image_size and images.shape[1:3] != (image_size, image_size):
         images, test_images = resized(images, image_size), resized(test_images, image_size)
@@ -64,6 +64,16 @@ def load_dataset(
     return loaded._replace(
         images=images, labels=labels[train], test_images=test_images, test_labels=test_labels
     )
+
+
+def stratified(labels: Tensor, size: int, equal: bool = False) -> Tensor:
+    """Indices of a fixed random sample, the classes in proportion to their sizes, or in `equal` numbers."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    rank = torch.empty(len(labels))
+    for c in labels.unique():
+        members = order[labels[order] == c]
+        rank[members] = (torch.arange(len(members)) + 0.5) / (1 if equal else len(members))
+    return rank.argsort(stable=True)[:size]
 
 
 def resized(images: Tensor, side: int) -> Tensor:

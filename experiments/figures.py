@@ -15,20 +15,14 @@ from experiments.rows import NAMES, Row
 
 def draw_line(axes, x, samples: list[list[float]], i: int, **look) -> None:
     """Mean and standard deviation of the samples against x; colour, marker and line are the i-th."""
-    look = {
-        "color": f"C{i % 10}",
-        "marker": "os^vD<>pP*Xhd"[i % 13],
-        "ls": ("-", "--", ":", "-.")[i % 4],
-    } | look
+    look = dict(color=f"C{i % 10}", marker="os^vD<>pP*Xhd"[i % 13], ls=("-", "--", ":", "-.")[i % 4]) | look
     means, errors = zip(*(mean_and_error(s) for s in samples), strict=True)
     axes.errorbar(x, means, errors, ms=4, lw=1.2, capsize=2, **look)
     axes.legend(fontsize=7)
 
 
 def by_method(rows: list[Row]) -> dict[str, list[Row]]:
-    return {
-        method: [r for r in rows if r.method == method] for method in dict.fromkeys(r.method for r in rows)
-    }
+    return {row.method: [r for r in rows if r.method == row.method] for row in rows}
 
 
 def anytime(figure, rows, published, others):
@@ -49,10 +43,9 @@ def corruption_bars(figure, rows, published, others):
         samples.append(row.values("corruptions", "mean"))
         means, errors = zip(*(mean_and_error(s) for s in samples), strict=True)
         x = [place + width * (i - (len(rows) - 1) / 2) for place in range(20)]
-        look = {"color": f"C{i}", "hatch": ("", "///", "...", "xxx", "\\\\\\", "|||", "---", "ooo")[i % 8]}
-        axes.bar(
-            x, means, width, yerr=errors, label=row.label, error_kw={"lw": 0.6}, ec="white", lw=0.3, **look
-        )
+        hatch = ("", "///", "...", "xxx", "\\\\\\", "|||", "---", "ooo")[i % 8]
+        look = dict(color=f"C{i}", hatch=hatch, ec="white", lw=0.3, error_kw={"lw": 0.6})
+        axes.bar(x, means, width, yerr=errors, label=row.label, **look)
         if printed := [p["mca"] for p in published if is_of(row, p)]:
             axes.plot(x[-1], printed[0], "k*", label=label)
             label = ""  # once is enough
@@ -89,9 +82,8 @@ def reliability(figure, rows, published, others):
     for i, row in enumerate(rows):
         bins = [{k: torch.tensor(v) for k, v in b.items()} for b in row.values("reliability")]
         count = torch.stack([b["count"] for b in bins]).sum(0)
-        x, y = (
-            torch.stack([b["count"] * b[k] for b in bins]).sum(0) / count for k in ("confidence", "accuracy")
-        )
+        sums = [torch.stack([b["count"] * b[k] for b in bins]).sum(0) for k in ("confidence", "accuracy")]
+        x, y = (total / count for total in sums)
         draw_line(left, x[count > 0], [[v] for v in y[count > 0].tolist()], i, label=row.label)
         mean, error = mean_and_error(row.values("ece"))
         right.bar(i, mean, yerr=error, capsize=3, color="0.75", ec="black")
@@ -142,12 +134,10 @@ def cost(figure, rows, published, others):
 
 
 def forgetting(figure, rows, published, others):
-    """Accuracy around forgetting; right after redrawing more or less; the shares of the tensors redrawn."""
+    """Accuracy around forgetting, and right after redrawing more or less."""
     redrawn = [row for row in rows if row.method == "lure" and row.values("redrawing")][:1]
-    masked = [row for row in rows if row.values("shares")]
-    panels = figure.subplots(1, 1 + bool(redrawn) + bool(masked), squeeze=False)[0]
-    figure.set_size_inches(1 + 5 * len(panels), 5)
-    first, *panels = panels
+    first, *panels = figure.subplots(1, 1 + len(redrawn), squeeze=False)[0]
+    figure.set_size_inches(6 + 5 * len(panels), 5)
     series = {"before": "before", "after": "right after forgetting", "relearned": "after relearning"}
     for i, (key, label) in enumerate(series.items()):
         means, errors = zip(*(mean_and_error(row.values("forgetting", key)) for row in rows), strict=True)
@@ -156,8 +146,7 @@ def forgetting(figure, rows, published, others):
     first.set_xticks(range(len(rows)), [row.label for row in rows], rotation=40, ha="right", fontsize=8)
     first.set(ylabel="test accuracy, %, mean over the stream", ymargin=0.2)
     first.legend(fontsize=7, ncols=3)
-    for row in redrawn:
-        axes, *panels = panels
+    for axes, row in zip(panels, redrawn, strict=True):
         axes.set(xlabel="weights redrawn, %", ylabel="test accuracy right after, %")
         axes.set_title(f"the network of {row.label}, redrawn at its end by", fontsize=8)
         for i, criterion in enumerate(CRITERIA):
@@ -166,14 +155,6 @@ def forgetting(figure, rows, published, others):
             clean = row.values("totals", "test_accuracy")
             draw_line(axes, x, [clean, *samples], i, label=CRITERIA[criterion])
         axes.set_ylim(bottom=0)
-    for axes in panels:
-        names = [*masked[0].values("shares")[0]]
-        axes.set(ylabel="redrawn of a tensor, %")
-        for i, row in enumerate(masked):
-            samples = [row.values("shares", name) for name in names]
-            draw_line(axes, range(len(names)), samples, i, label=row.label)
-        short = [name.removesuffix(".weight") for name in names]
-        axes.set_xticks(range(len(names)), short, rotation=90, fontsize=6)
 
 
 CRITERIA = {"lure": "SNIP (LURE)", "fisher": "Fisher", "magnitude": "magnitude", "random": "chance"}

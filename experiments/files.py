@@ -32,6 +32,10 @@ def write(path: str | Path, save: Callable[[BinaryIO], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def write_text(path: str | Path, text: str) -> None:
+    write(path, lambda file: file.write(text.encode()))
+
+
 def load(path: str | Path, **options):
     """What torch.save wrote. Code in the file is not run: it makes this raise, as anything foreign may."""
     with warnings.catch_warnings():

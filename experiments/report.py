@@ -13,11 +13,11 @@ from typing import NamedTuple
 
 from evaluate import EPSILONS, SIGMAS
 from experiments import tables
-from experiments.claims import is_of, paired, spread, verdict, with_interval
+from experiments.claims import is_of, paired, spread, verdict, warm_start_of, with_interval
 from experiments.command import guarded
 from experiments.data import DataError
 from experiments.figures import FIGURES
-from experiments.files import write
+from experiments.files import write, write_text
 from experiments.rows import NAMES, Row, load_rows, split_measured
 
 RESULTS = Path(__file__).parent.parent / "results"
@@ -79,23 +79,6 @@ COLUMNS = {
     "figure4": [Column("ECE, %", ("ece",), paired=True)],
     "figure5": NOISES,
 }
-
-
-def warm_start_of(row: Row, rows: list[Row]) -> Row | None:
-    """The warm start that a row is compared with: of the same options, or else of most of them and no other.
-
-    What a method has besides may only be of forgetting; what a warm start has besides may be anything. Both
-    have trained on as many images.
-    """
-    own = {"keep", "pi", "pi_fraction", "set"} if row.method != "warm-start" else row.named.keys()
-    fitting = [
-        other
-        for other in rows
-        if other.method == "warm-start" and other is not row
-        if len({*row.values("totals", "image_passes"), *other.values("totals", "image_passes")}) <= 1
-        if other.named.items() <= row.named.items() and row.named.keys() - other.named.keys() <= own
-    ]
-    return max(fitting, key=lambda other: len(other.named), default=None)
 
 
 def differing(rows: list[Row]) -> list[str]:
@@ -200,7 +183,7 @@ def report(out: Path, runs: list[tuple[str, Path]], incomplete: bool = False) ->
                 lines.append(f"| {' | '.join(cells)} |\n")
     text = "\n".join(parts) + (f"\n{CLAIMS}{''.join(lines)}" if lines else "")
     if text:
-        write(out, lambda file: file.write(text.encode()))
+        write_text(out, text)
     return text or f"nothing has been measured yet for {name}"
 
 
@@ -291,13 +274,13 @@ def overview(folder: Path) -> str:
     number = f"{len(counts)} tests of claims, by {sum(counts)} intervals."
     introduction = (Path(__file__).parent / "overview.md").read_text()
     text = f"{introduction}\n{number}\n\n{CLAIMS}{told}\n" + "\n".join(parts)
-    write(folder / "README.md", lambda file: file.write(text.encode()))
+    write_text(folder / "README.md", text)
     return text
 
 
 # ------------------------------------------------------------ Command line
 def main(argv=None) -> int:
-    """The command line, that of experiments/tables.py; its status is that of `runs.main`."""
+    """The command line, that of experiments/tables.py; its status is that of `command.run`."""
     argv = sys.argv[1:] if argv is None else argv
 
     def call():

@@ -1,4 +1,4 @@
-"""A run as a file: its record with where it comes from, its state to go on from, its errors in one line."""
+"""A run as a file: its record with where it comes from, and its state to go on from."""
 
 import glob
 import inspect
@@ -15,9 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 import lure
-from experiments.command import Parser, guarded
 from experiments.data import DATASETS, DataError, load_dataset
-from experiments.files import load, provenance, write
+from experiments.files import load, provenance, write, write_text
 from lure import RANK, WORLD, Dataset, MegaBatch, option
 
 Method = Callable[..., dict[str, Tensor] | None]  # `lure.lure_` tells what it gets and does
@@ -29,7 +28,7 @@ class Config(lure.Config):
 
     dataset: str = option("cifar10", "data set", DATASETS)
     cache: str = option(".cache", "folder for decoded images")
-    image_size: int = option(0, "side to resize to, at most 1024; 0: digits to 16, folders to 32", high=1024)
+    image_size: int = option(0, "side to resize to, at most 1024; 0: none, but 32 for folders", high=1024)
     limit: int = option(0, "training images to use, a stratified choice; 0: all")
     limit_test: int = option(0, "test images to use, a stratified choice; 0: all")
     shots: int = option(0, "training images of each class to use, whatever --limit is; 0: all")
@@ -80,7 +79,7 @@ def recorded(config: Config, forget: Method) -> dict:
         weights = dict(config=asdict(c), classes=data.classes, weights=state["model"])
         write(c.checkpoint, partial(torch.save, weights))
     if RANK == 0 and c.out:
-        write(c.out, lambda file: file.write(f"{json.dumps(record, indent=1)}\n".encode()))
+        write_text(c.out, json.dumps(record, indent=1) + "\n")
         tidy(c)
     return record
 
@@ -203,33 +202,3 @@ def by_first(call):
     if WORLD > 1:
         dist.broadcast_object_list(result)
     return result[0]
-
-
-# ------------------------------------------------------------ Command lines
-def main(argv, description: str, settings: type[Config], method) -> int:
-    """A command line. Returns 0; 2: a wrong call; 1: wrong data, or a loss not finite; 130: interrupted."""
-    if WORLD > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    parser = Parser(description=description, allow_abbrev=False)
-    lure.add_settings(parser, settings)
-
-    def check(config):  # in the first process, so that what is wrong is told once
-        method(config)
-        lure.pick_device(config.device)
-
-    def call():
-        given = by_first(lambda: vars(parser.parse_args(argv)))
-        # What argparse makes of --flag=-- is [].
-        if odd := [name for name, value in given.items() if value == [] and name != "set"]:
-            parser.error(f"--{odd[0].replace('_', '-')}: expected a value")
-        config = by_first(lambda: settings(**given))
-        by_first(lambda: check(config))
-        if WORLD > 1 and config.device in ("auto", "cuda") and torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        record = recorded(config, method(config))
-        if RANK == 0:
-            print(json.dumps(record["totals"]))
-        if WORLD > 1:
-            dist.destroy_process_group()
-
-    return guarded(parser.prog, call)

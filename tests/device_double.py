@@ -147,7 +147,12 @@ READS = (
     "loss.item() bool(loss) float(loss) int(loss) loss.tolist() loss.nonzero().sum() loss.cpu().to(device)"
 )
 for read in [*READS.split(), "loss.to('cpu').to(device)", "logits.detach()[logits > 0].sum()"]:
-    MISTAKES[read] = (lure.train_epoch_, "loss.detach()", read, "run/learn_/train_epoch_")
+    MISTAKES[read] = (
+        lure.train_epoch_,
+        "loss.backward()",
+        f"loss.backward(), {read}",
+        "run/learn_/train_epoch_",
+    )
 
 
 def states(data, method="lure", state=None, **changes):

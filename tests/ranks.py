@@ -30,8 +30,8 @@ def without_batch_norm(arch, data, generator):
 
 
 def watched(config, method=lure.lure_):
-    """A run's record, and of its mega-batches the weights at the end, mask, epochs' losses, samples seen."""
-    found = dict(ends=[], masks=[], losses=[], samples=[])
+    """A run's record, and of its mega-batches the weights at the end, mask, accuracies, samples seen."""
+    found = dict(ends=[], masks=[], accuracies=[], samples=[])
     learn, train_epoch, augmented, drawn = lure.learn_, lure.train_epoch_, lure.augmented, []
 
     def learn_spy(model, *rest):
@@ -43,10 +43,10 @@ def watched(config, method=lure.lure_):
         found["broadcast"] = getattr(net, "broadcast_buffers", None)
         found["samples"].append([])
         hook = net.register_forward_pre_hook(forward_spy, prepend=True)
-        loss, running = train_epoch(net, *rest)
+        running = train_epoch(net, *rest)
         hook.remove()
-        found["losses"].append(float(loss))
-        return loss, running
+        found["accuracies"].append(float(running))
+        return running
 
     def augmented_spy(pixels, index, *rest):
         drawn.append(index.tolist())

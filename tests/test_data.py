@@ -14,14 +14,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, seeded
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 import baselines
 import evaluate
 import lure
 from experiments import data as data_module
-from experiments.data import DataError, load_dataset
+from experiments.data import DataError, load_dataset, stratified
 from experiments.files import write
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -130,6 +132,36 @@ def test_an_imagenet_that_is_not_whole_is_refused(folder, tmp_path):
 
 
 # ------------------------------------------------------------ Parts of any data set
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=5), st.data())
+def test_a_stratified_sample_is_in_proportion_and_always_the_same(sizes, data):
+    labels = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    labels = labels[torch.randperm(len(labels), generator=seeded(len(labels)))]
+    size = data.draw(st.integers(1, len(labels)))
+    sample = stratified(labels, size)
+    assert len(set(sample.tolist())) == len(sample) == size
+    assert torch.equal(sample, stratified(labels, size))
+    for c, of_class in enumerate(sizes):
+        share = of_class / len(labels)
+        slack = (1 + len(sizes) * share) / 2  # one where the classes are of one size
+        assert abs(int((labels[sample] == c).sum()) - size * share) <= slack + 1e-6
+
+
+@given(st.integers(1, 6), st.integers(1, 5), st.integers(1, 20), st.integers(0, 4))
+def test_a_stratified_sample_of_equal_classes_is_within_one(classes, of_class, size, extra):
+    labels = torch.arange(classes).repeat(of_class + extra)
+    size = min(size, len(labels))
+    counts = labels[stratified(labels, size)].bincount(minlength=classes)
+    assert (counts - size / classes).abs().max() < 1
+
+
+@given(st.lists(st.integers(3, 9), min_size=1, max_size=5), st.integers(1, 3))
+def test_an_equal_sample_has_as_many_of_every_class(sizes, each):
+    labels = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    sample = stratified(labels, each * len(sizes), equal=True)
+    assert labels[sample].bincount().tolist() == [each] * len(sizes)
+    assert len(set(sample.tolist())) == len(sample)
+
+
 def test_images_of_any_data_set_are_resized_and_nothing_else_changes():
     whole = load_dataset("digits")
     large, asked = load_dataset("digits", image_size=32), load_dataset("digits", image_size=16)

@@ -66,7 +66,7 @@ def test_the_network_is_by_default_the_one_for_the_data():
 @st.composite
 def streams(draw, replay=("full", "buffer", "none")):
     """Arguments of `mega_batches`, and the sizes that its mega-batches must have, smallest first."""
-    sizes = draw(st.integers(1, 12)), draw(st.integers(1, 6))
+    sizes = draw(st.integers(2, 12)), draw(st.integers(1, 6))
     smallest, t = sizes
     n = smallest * t + draw(st.integers(0, t - 1))
     fraction = draw(fractions.filter(lambda f: all(round(f * s) < s for s in (smallest, -(-n // t)))))
@@ -79,7 +79,7 @@ def test_the_stream_is_one_division_of_all_samples(arguments, seed):
     stream = lure.mega_batches(*arguments, seeded(seed))
     sizes = [len(b.val) + len(b.new) for b in stream]
     assert len(sizes) == t and max(sizes) - min(sizes) <= 1
-    assert [len(b.val) for b in stream] == [round(fraction * size) for size in sizes]
+    assert [len(b.val) for b in stream] == [max(1, round(fraction * size)) for size in sizes]
     assert sorted(torch.cat([torch.cat([b.val, b.new]) for b in stream]).tolist()) == list(range(n))
     assert all(part.dtype == torch.int64 and part.device.type == "cpu" for b in stream for part in b)
 
@@ -112,10 +112,10 @@ def test_what_has_left_the_buffer_never_returns(arguments, seed):
 def test_the_buffer_is_a_uniform_sample_of_all_earlier_training_samples():
     repeats, buffer_size = 2000, 6
     included = torch.zeros(4, 40)
-    by_sample = torch.zeros(40)
+    by_sample = torch.zeros(44)
     together = 0
     for seed in range(repeats):
-        stream = lure.mega_batches(40, 4, "buffer", buffer_size, 0.0, seeded(seed))
+        stream = lure.mega_batches(44, 4, "buffer", buffer_size, 0.1, seeded(seed))
         new = torch.cat([b.new for b in stream])
         for i, batch in enumerate(stream):
             included[i] += torch.isin(new, batch.train)
@@ -127,7 +127,7 @@ def test_the_buffer_is_a_uniform_sample_of_all_earlier_training_samples():
         assert (included[i, : 10 * i] / repeats - p).abs().max() < 4.5 * error
         groups = included[i, : 10 * i].view(i, 10).sum(1) / (repeats * buffer_size)
         assert (groups - 1 / i).abs().max() < 0.02
-    assert (by_sample / repeats - 6 / 40).abs().max() < 4.5 * (0.15 * 0.85 / repeats) ** 0.5
+    assert (by_sample / repeats - 6 / 44).abs().max() < 4.5 * (6 / 44 * 38 / 44 / repeats) ** 0.5
     assert abs(together / repeats - 6 * 5 / (30 * 29)) < 0.02
 
 
@@ -142,7 +142,7 @@ def test_the_stream_is_a_function_of_the_seed(seed, other):
 
 @pytest.mark.parametrize(
     ("samples", "mega_batches", "fraction"),
-    [(10, 11, 0.1), (10, 10**15, 0.1), (10, 10, 0.9), (10, 2, 1.0), (0, 1, 0.1)],
+    [(10, 11, 0.1), (10, 10, 0.9), (10, 2, 1.0), (0, 1, 0.1)],
 )
 def test_a_stream_of_which_a_part_has_nothing_to_train_on_is_refused(samples, mega_batches, fraction):
     with pytest.raises(ValueError, match=f"{samples} samples do not make {mega_batches} mega-batches"):
@@ -692,42 +692,12 @@ def test_augmentation_reaches_every_offset_and_both_mirrorings():
     assert len(views.flatten(1).unique(dim=0)) == 2 * 3 * 3
 
 
-@given(st.lists(st.integers(1, 12), min_size=1, max_size=5), st.data())
-def test_a_stratified_sample_is_in_proportion_and_always_the_same(sizes, data):
-    labels = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
-    labels = labels[torch.randperm(len(labels), generator=seeded(len(labels)))]
-    size = data.draw(st.integers(1, len(labels)))
-    sample = lure.stratified(labels, size)
-    assert len(set(sample.tolist())) == len(sample) == size
-    assert torch.equal(sample, lure.stratified(labels, size))
-    for c, of_class in enumerate(sizes):
-        share = of_class / len(labels)
-        slack = (1 + len(sizes) * share) / 2  # one where the classes are of one size
-        assert abs(int((labels[sample] == c).sum()) - size * share) <= slack + 1e-6
-
-
-@given(st.integers(1, 6), st.integers(1, 5), st.integers(1, 20), st.integers(0, 4))
-def test_a_stratified_sample_of_equal_classes_is_within_one(classes, of_class, size, extra):
-    labels = torch.arange(classes).repeat(of_class + extra)
-    size = min(size, len(labels))
-    counts = labels[lure.stratified(labels, size)].bincount(minlength=classes)
-    assert (counts - size / classes).abs().max() < 1
-
-
-@given(st.lists(st.integers(3, 9), min_size=1, max_size=5), st.integers(1, 3))
-def test_an_equal_sample_has_as_many_of_every_class(sizes, each):
-    labels = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
-    sample = lure.stratified(labels, each * len(sizes), equal=True)
-    assert labels[sample].bincount().tolist() == [each] * len(sizes)
-    assert len(set(sample.tolist())) == len(sample)
-
-
 def test_digits_are_whole_stratified_disjoint_and_twice_as_large():
     from sklearn.datasets import load_digits
 
     digits = lure.load_dataset("digits")
     assert digits.images.dtype == digits.test_images.dtype == torch.uint8 and len(digits.classes) == 10
-    assert digits.images.shape == (1438, 16, 16, 1) and digits.test_images.shape == (359, 16, 16, 1)
+    assert digits.images.shape == (1437, 16, 16, 1) and digits.test_images.shape == (360, 16, 16, 1)
     original, labels = (torch.from_numpy(part) for part in load_digits(return_X_y=True))
     for targets in (digits.labels, digits.test_labels):
         counts = targets.bincount() / len(targets)
@@ -867,12 +837,11 @@ def test_the_order_of_an_epoch_depends_on_the_generator_alone(seed, other):
 
 
 @given(st.integers(1, 30), st.integers(2, 9), seeds)
-def test_an_epoch_returns_running_mean_loss_and_accuracy(n, batch_size, seed):
-    batches, (loss, accuracy) = epoch(n, batch_size, seed, lr=0.01)
+def test_an_epoch_returns_the_running_accuracy(n, batch_size, seed):
+    batches, accuracy = epoch(n, batch_size, seed, lr=0.01)
     shown, logits = (torch.cat(parts) for parts in zip(*batches, strict=True))
-    assert float(loss) == pytest.approx(float(F.cross_entropy(logits, shown % 3)), rel=1e-4)
     assert float(accuracy) == pytest.approx(float((logits.argmax(1) == shown % 3).double().mean()))
-    assert loss.dtype == accuracy.dtype == torch.float64
+    assert accuracy.dtype == torch.float64
 
 
 @given(st.integers(1, 200), seeds)
@@ -893,11 +862,6 @@ def test_evaluation_is_of_all_samples_128_at_a_time(n, seed):
     )
 
 
-def test_evaluation_of_no_samples_is_of_nothing():
-    nothing = lure.evaluate(nn.Flatten(), torch.zeros(0, 8, 8, 1, dtype=torch.uint8), torch.zeros(0))
-    assert nothing == dict(accuracy=None, errors=0, loss=None, ece=None)
-
-
 def test_totals_are_the_sums_over_the_mega_batches_and_the_last_of_them():
     def row(train, val, test, errors, ece, passes, seconds):
         test = dict(accuracy=test, errors=errors, ece=ece)
@@ -907,8 +871,6 @@ def test_totals_are_the_sums_over_the_mega_batches_and_the_last_of_them():
     rows = [row(50.0, 40.0, 30.0, 7, 0.5, 100, 1.5), row(90.0, 70.0, 60.0, 4, 0.25, 200, 2.5)]
     expected = dict(test_accuracy=60.0, cer=11, generalization_gap=20.0, ece=0.25)
     assert lure.totals(rows) == expected | dict(image_passes=300, seconds=4.0)
-    rows[1]["val"]["accuracy"] = None
-    assert lure.totals(rows)["generalization_gap"] is None
 
 
 @pytest.mark.parametrize(
@@ -920,7 +882,7 @@ def test_learning_ends_with_the_first_of_the_best_epochs_and_tells_its_speed(acc
     def train_epoch(model, *args):
         nn.init.constant_(model.weight, len(ends))
         ends.append(state(model))
-        return torch.tensor([1.0, 0.75])
+        return torch.tensor(0.75)
 
     monkeypatch.setattr(lure, "train_epoch_", train_epoch)
     monkeypatch.setattr(lure, "evaluate", lambda *args: dict(accuracy=next(seen)))
@@ -950,7 +912,7 @@ def test_training_is_on_what_the_augmentation_of_the_data_makes_of_them():
 
 
 def seen_by(rank, world, n, batch_size, seed):
-    """The samples, loss and accuracy of an epoch as one of several processes sees it, and its gradients."""
+    """The samples and the accuracy of an epoch as one of several processes sees it, and its gradients."""
     gradients = []
     step = torch.optim.SGD.step
 
@@ -1061,7 +1023,7 @@ def watched(config, forget=None, train_epoch=lure.train_epoch_, stream=None):
 
 
 def untrained(*args):
-    return torch.tensor([1.0, 0.5])
+    return torch.tensor(0.5)
 
 
 def pairs(images, labels):
@@ -1157,14 +1119,8 @@ def test_a_loss_that_is_not_finite_on_the_test_set_alone_is_found(monkeypatch):
 
     build = lure.build_model
     monkeypatch.setattr(lure, "build_model", broken_network)
-    with pytest.raises(FloatingPointError, match="in evaluation, the loss is nan"):
+    with pytest.raises(FloatingPointError, match="the loss is nan; a smaller --lr may help"):
         next(lure.run(small_config(), small_data()))
-
-
-def test_the_error_of_a_loss_that_is_not_finite_names_the_epoch():
-    results = iter(torch.tensor([[1, 0.5], [math.inf, 0.5]]))
-    with pytest.raises(FloatingPointError, match="in epoch 2, the loss is inf"):
-        watched(small_config(epochs=3), train_epoch=lambda *args: next(results))
 
 
 def test_every_method_gets_the_same_stream_start_and_order():
@@ -1208,16 +1164,9 @@ def test_pi_is_a_share_of_what_it_is_drawn_from(pi, replay):
         assert pairs(images, targets) <= pairs(data.images[source], data.labels[source])
 
 
-def test_without_validation_there_is_no_gap():
-    found = rows(small_config(val_fraction=0))
-    nothing = dict(accuracy=None, errors=0, loss=None, ece=None)
-    assert [row["val"] for row in found] == [nothing] * 2
-    assert lure.totals(found)["generalization_gap"] is None
-
-
 def test_convolutions_in_float32_are_not_rounded(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    rows(small_config(mega_batches=1))
+    lure.pick_device("cpu")
     assert torch.backends.cudnn.allow_tf32 is False
 
 
@@ -1349,9 +1298,9 @@ def strict_json(text):
 
 def test_the_command_line_tells_each_mega_batch_then_the_totals_and_writes_the_record(call, tmp_path, capsys):
     out = tmp_path / "record.json"
-    call("--seed", 5, "--keep", 0.7, "--val-fraction", 0, "--keep-momentum", "--out", out)
+    call("--seed", 5, "--keep", 0.7, "--val-fraction", 0.2, "--keep-momentum", "--out", out)
     *lines, last = capsys.readouterr().out.splitlines()
-    config = small_config(seed=5, keep=0.7, val_fraction=0.0, keep_momentum=True, out=str(out))
+    config = small_config(seed=5, keep=0.7, val_fraction=0.2, keep_momentum=True, out=str(out))
     record, expected = strict_json(out.read_text()), rows(config)
     assert record.keys() == {"config", "totals", "mega_batches"} and record["config"] == asdict(config)
     assert record["totals"] == strict_json(last) == lure.totals(record["mega_batches"])
@@ -1382,7 +1331,7 @@ WRONG = {
     "--mega-batches=121": "120 samples do not make 121 mega-batches to train on",
     "--device=nowhere": "--device nowhere: expected cpu",
     "--device=cuda:99": "--device cuda:99: expected cpu",
-    "--select=best-val --val-fraction=0": "--select best-val: expected validation samples; --val-fraction",
+    "--val-fraction=0": "--val-fraction: expected share for validation, in (0, 0.9]; got 0.0",
     "--arch=alexnet": "--arch: invalid choice: 'alexnet'",
     "--replay=some": "--replay: invalid choice: 'some'",
     "--epochs=many": "--epochs: invalid int value: 'many'",
@@ -1409,7 +1358,6 @@ def test_a_record_that_could_not_be_written_is_refused_before_the_run(name, call
 def test_a_loss_that_is_not_finite_ends_the_run_without_a_record(
     batch_size, mega_batches, call, tmp_path, capsys
 ):
-    """The last two make one step, on a loss that is still finite."""
     words = "--lr=1e18", f"--batch-size={batch_size}", f"--mega-batches={mega_batches}"
     assert "the loss is nan" in refusal(capsys, call, *words, f"--out={tmp_path}/x.json", status=1)
     assert not list(tmp_path.iterdir())

@@ -46,7 +46,7 @@ def test_all_processes_hold_the_same_bits_after_every_mega_batch(name, two):
     assert len(first["ends"]) == 5 and len(first["masks"]) == 2  # three times learned, twice unlearned
     for mine, theirs in zip(first["ends"] + first["masks"], second["ends"] + second["masks"], strict=True):
         assert same(mine, theirs)
-    assert first["losses"] == second["losses"]
+    assert first["accuracies"] == second["accuracies"]
     assert first["broadcast"] is False  # which would replace the statistics of the second by the first's
 
 
@@ -63,11 +63,11 @@ def test_together_they_see_each_sample_once_an_epoch_and_the_whole_batch_in_orde
             assert mine[start // 2 : start // 2 + half] == batch[:half]
 
 
-def test_without_batch_norm_the_losses_and_masks_are_those_of_one_process(two, one):
+def test_without_batch_norm_the_accuracies_and_masks_are_those_of_one_process(two, one):
     expected = one["exact"]
     for rank in two:
         found = rank["exact"]
-        assert found["losses"] == pytest.approx(expected["losses"], abs=1e-6)
+        assert found["accuracies"] == pytest.approx(expected["accuracies"], abs=1e-6)
         for mine, other in zip(
             found["record"]["mega_batches"], expected["record"]["mega_batches"], strict=True
         ):
@@ -114,7 +114,7 @@ def test_a_process_that_dies_ends_the_run_which_then_goes_on(two, tmp_path):
     ("wrong", "message"),
     [
         (["--epochs=0"], "--epochs: expected epochs per mega-batch, at least 1; got 0"),
-        (["--method=sp", "--set=alpha=1"], "--set alpha=1: the settings of sp are: shrink, noise"),
+        (["--method=sp", "--set=alpha=1"], "--set alpha=1: sp has the settings shrink, noise"),
         pytest.param(
             ["--device=cuda"],
             "--device cuda: expected cpu, or cuda, cuda:1 ... of a GPU",

@@ -408,7 +408,7 @@ def test_forgetting_is_reported_around_each_forgetting_and_by_tensor(folder, tmp
     assert len(shares) == len(rows[0][0]["redrawn_by_tensor"])
     figure = Figure()
     figures.forgetting(figure, load_rows(runs_of([runs])), [], [])
-    assert len(figure.axes) == 3
+    assert len(figure.axes) == 2
     redrawn = json.loads((runs / "lure-1.metrics.json").read_text())["redrawing"]
     lines = [line for line in figure.axes[1].get_lines() if line.get_linestyle() != "None"]
     assert list(lines[0].get_xdata()) == [0, 5, 10, 20, 40, 60, 80] and len(lines) == 4

@@ -213,10 +213,10 @@ def test_a_record_is_compared_by_the_precision_that_it_ran_in(tmp_path, capsys):
         (["--epochs", "many"], ["--epochs", "many"]),
         (["--epochs", "0"], ["--epochs", "at least 1"]),
         (["--batch-size", "1"], ["--batch-size", "at least 2"]),
-        (["--mega-batches", "0"], ["--mega-batches", "at least 1"]),
+        (["--mega-batches", "0"], ["--mega-batches", "from 1"]),
         (["--mega-batches", "121"], ["120 samples", "121 mega-batches"]),
-        (["--replay", "none", "--mega-batches", "120"], ["two training samples"]),
-        (["--val-fraction", "1"], ["--val-fraction", "[0, 0.9]"]),
+        (["--replay", "none", "--mega-batches", "60"], ["two training samples"]),
+        (["--val-fraction", "1"], ["--val-fraction", "(0, 0.9]"]),
         (["--label-noise", "1.5"], ["--label-noise", "[0, 1]"]),
         (["--lr", "inf"], ["--lr"]),
         (["--lr", "-1"], ["--lr", "at least 0"]),
@@ -225,7 +225,6 @@ def test_a_record_is_compared_by_the_precision_that_it_ran_in(tmp_path, capsys):
         (["--arch", "resnet19"], ["--arch", "resnet19", "wide_resnet50_2"]),
         (["--replay", "some"], ["--replay", "full", "buffer", "none"]),
         (["--method", "forget"], ["--method", *baselines.METHODS]),
-        (["--select", "best-val", "--val-fraction", "0"], ["--val-fraction"]),
         (["--arch", "vgg16_bn"], ["vgg16_bn", "16×16"]),
         (["--device", "abacus"], ["--device", "abacus"]),
         (["--device", "meta"], ["--device", "meta"]),
@@ -244,28 +243,23 @@ def test_too_many_shots_are_wrong_data_and_status_1(capsys):
     refused(capsys, 1, "--shots 1000", argv=["--shots", "1000"])
 
 
-@pytest.mark.parametrize(
-    ("batch_size", "mega_batches", "where"),
-    [(16, 2, "epoch 1"), (64, 2, "evaluation"), (128, 1, "evaluation")],  # of one step, the loss is finite
-)
-def test_a_loss_that_is_not_finite_ends_the_run_without_a_record(
-    batch_size, mega_batches, where, tmp_path, capsys
-):
+@pytest.mark.parametrize(("batch_size", "mega_batches"), [(16, 2), (64, 2), (128, 1)])
+def test_a_loss_that_is_not_finite_ends_the_run_without_a_record(batch_size, mega_batches, tmp_path, capsys):
     argv = ["--lr", "1e18", "--batch-size", batch_size, "--mega-batches", mega_batches]
     argv += ["--out", tmp_path / "x.json"]
-    refused(capsys, 1, f"x mega-batch 1 of {mega_batches}: in {where}", argv=map(str, argv))
+    refused(capsys, 1, f"x mega-batch 1 of {mega_batches}: the loss is nan", argv=map(str, argv))
     assert not list(tmp_path.iterdir())
 
 
 def test_a_loss_that_is_not_finite_later_names_its_mega_batch_and_keeps_the_state(tmp_path, monkeypatch):
     def broken(model, pixels, labels):
         if len(pixels) == 60 and (tmp_path / "x.json.state").exists():
-            raise FloatingPointError("in evaluation, the loss is nan")
+            raise FloatingPointError("the loss is nan")
         return evaluate(model, pixels, labels)
 
     evaluate = lure.evaluate
     monkeypatch.setattr(lure, "evaluate", broken)
-    with pytest.raises(FloatingPointError, match="x mega-batch 2 of 2: in evaluation"):
+    with pytest.raises(FloatingPointError, match="x mega-batch 2 of 2: the loss is nan"):
         recorded(out=str(tmp_path / "x.json"))
     assert os.listdir(tmp_path) == ["x.json.state"]
 
@@ -505,7 +499,7 @@ GOOD = {"dataset": ["digits", "folder"], "arch": ["small"], "epochs": ["1", "2"]
 GOOD |= {"data": ["kept/data"], "cache": ["cache/new/ä"], "set": ["shrink=0.5", "alpha=0.1", "steps=2"]}
 GOOD |= {"out": ["", "out/x", "out/new/ä", "out/--"], "checkpoint": ["", "out/y", "out/new/x.pt", "out/x"]}
 BAD = ["", " ", "0", "nan", "inf", "-inf", "-1", "-1e-9", "1e9", "1e30", "1e300", str(10**30), "9" * 5000]
-BAD += ["ä", "--", "-", "0x1", "1,5", "%s", "None", "kept", "/", "x\ny", "x\x1b[2J", "x" * 300, "\udcff"]
+BAD += ["ä", "-", "0x1", "1,5", "%s", "None", "kept", "/", "x\ny", "x\x1b[2J", "x" * 300, "\udcff"]
 PLACES = ["out", "out/x.json/", "out/x.json.state", "out/" + "x" * 300]
 PLACES += ["kept", "kept/list/x", "kept/pipe", "/proc/x"]
 FOREIGN = {"list": "[]", "numbers": '{"config": 1, "data": 2}', "deep": "[" * 100_000, "empty": ""}
@@ -569,7 +563,6 @@ def ended(argv):
 @example([], [["--out=/proc/x"]])
 @example([], [["--checkpoint=out/x.json"]])
 @example([], [["--checkpoint=out/x.json.state"]])
-@example([], [["--seed=--"]])
 @example([], [["--keep-momentum", "x\x1b[2J"]])
 def test_any_command_line_works_or_is_refused_in_one_line(good, bad):
     argv = [*TINY, *(word for words in good + bad for word in words)]
@@ -600,14 +593,15 @@ ALL = "--arch small --mega-batches 3 --epochs 1 --lr 0.003 --precision float32 -
 DIGITS = f"{ALL} --dataset digits --image-size 16 --limit 120 --limit-test 60"
 OWN = f"{ALL} --dataset folder --data pictures --cache cache"
 SPECIAL = "--lr 0.01 --momentum 0.5 --keep-momentum --weight-decay 0.5 --batch-size 16"
+FEW = "--val-fraction 0.2"
 KEPT = {
     "lure": f"{DIGITS} --method lure --pi next",
     "lure of a folder": f"{OWN} --method lure --pi seen --keep 0.6 --image-size 8",
     "sp": f"{DIGITS} --method sp --replay buffer --buffer-size 9 --label-noise 0.3 {SPECIAL}",
     "random": f"{DIGITS} --method random --replay none --seed 2",
     "dash": f"{OWN} --method dash --select best-val --epochs 2 --batch-size 16 --image-size 16",
-    "fire": f"{OWN} --method fire --shots 7 --epochs 2 --gamma 0.5 --set steps=5 --batch-size 8",
-    "scratch": f"{DIGITS} --method scratch --val-fraction 0",
+    "fire": f"{OWN} --method fire --shots 7 --epochs 2 --gamma 0.5 --set steps=5 --batch-size 8 {FEW}",
+    "scratch": f"{DIGITS} --method scratch --val-fraction 0.3",
 }
 UNKEPT = ("seconds", "images_per_second", "accuracy", "running_train_accuracy", "ece")  # times; jumps
 
