@@ -33,9 +33,8 @@ from torchvision.transforms.functional import resize
 from tqdm import tqdm
 
 ARCHITECTURES = ("resnet18", "resnet50", "wide_resnet50_2", "vgg16_bn", "small")
-RANK, WORLD = 0, 1  # this process among those that torchrun started, and how many they are
-if torch.distributed.is_torchelastic_launched():
-    RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+# This process among those that torchrun started, and how many they are.
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 # ------------------------------------------------------------ Settings: this dataclass is the command line
