@@ -45,11 +45,10 @@ def shrink_and_perturb_(model, pi, upcoming, fresh, generator, shrink=0.4, noise
 def dash_(model, pi, upcoming, fresh, generator, alpha=0.3, floor=0.3) -> None:
     """Shrink what does not point down the loss (DASH, Shin et al. 2024, arXiv 2410.23495).
 
-    G ← (1 − alpha) · G + alpha · (−∇L), from 0, over the mega-batches that `upcoming` yields, each as one
-    batch: of those to train on next, the newest comes last and weighs most, as in the authors' code.
-    Then each group w of a weight is scaled by clamp(cos(G_w, w), floor, 1): the kernel between an input and
-    an output channel of a convolution, a row of a linear layer, the bias of either. Evaluation mode. The
-    defaults are the method's.
+    G ← (1 − alpha) · G + alpha · (−∇L), from 0, in evaluation mode, over the mega-batches that `upcoming`
+    yields, each as one batch: the newest comes last and weighs most, as in the authors' code. Then each group
+    w of a weight is scaled by clamp(cos(G_w, w), floor, 1): the kernel between an input and an output channel
+    of a convolution, a row of a linear layer, the bias of either. The defaults are the method's.
     """
     layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     parameters = [p for m in layers for p in (m.weight, m.bias) if p is not None and p.requires_grad]
@@ -104,7 +103,7 @@ def later_layer_forgetting_(model, pi, upcoming, fresh, generator) -> None:
 def reset_classifier_(model, pi, upcoming, fresh, generator) -> None:
     """Redraw the classifier alone (RIFLE, Li et al. 2020), as a fresh network's: the last linear layer."""
     linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
-    redraw_layers_(model, fresh(), linear[-1:])
+    redraw_layers_(model, fresh(), [linear[-1]])
 
 
 def redraw_layers_(model, new, layers: list[str]) -> None:
@@ -241,7 +240,7 @@ def method(config: Config) -> runs.Method:
     for setting in config.set:
         key, _, text = setting.partition("=")
         if key not in own:
-            raise ValueError(f"--set {setting}: {config.method} has the settings {', '.join(own) or 'none'}")
+            raise ValueError(f"--set {setting}: {config.method} has {', '.join(own) or 'no settings'}")
         kind = type(own[key])
         try:
             given[key] = kind(text)

@@ -96,11 +96,10 @@ def corruption_accuracy(model: nn.Module, directory: str | Path) -> dict:
     arrays = {name: load_array(Path(directory) / f"{name}.npy") for name in ("labels", *CORRUPTIONS)}
     labels, device = arrays.pop("labels").long(), next(model.parameters()).device
     for name, images in arrays.items():
-        if images.dtype != torch.uint8 or images.shape[3:] != (3,) or labels.shape != images.shape[:1]:
-            found = f"{images.dtype} {tuple(images.shape)} and {len(labels)} labels"
-            raise DataError(f"{directory}/{name}.npy: expected uint8 (N, H, W, 3), N labels; found {found}")
-        if len(images) == 0 or len(images) % 5:
-            raise DataError(f"{directory}/{name}.npy: expected five severities, found {len(images)} images")
+        shaped = images.dtype == torch.uint8 and images.shape[3:] == (3,) and labels.shape == images.shape[:1]
+        if not shaped or len(images) == 0 or len(images) % 5:
+            found = f"found {images.dtype} {tuple(images.shape)}, {tuple(labels.shape)}"
+            raise DataError(f"{directory}/{name}.npy: expected uint8 (5n, H, W, 3), labels (5n,); {found}")
     result: dict = {}
     for name, images in arrays.items():
         severities = zip(images.chunk(5), labels.chunk(5), strict=True)
@@ -170,14 +169,14 @@ def restored(model: nn.Module):
 def metrics(path: Path, args: argparse.Namespace) -> dict:
     """A checkpoint's calibration, weight noise and redrawing, or its accuracy under PGD or corruptions.
 
-    DataError for a file that is no checkpoint of `runs.recorded`, or of other data.
+    DataError for a file that is no checkpoint of `runs.recorded`, or of other classes.
     """
     device = lure.pick_device(args.device)
     wrong = f"{path}: expected a checkpoint that --checkpoint wrote"
     try:
         checkpoint = load(path)
-        names, classes, weights = runs.DEFAULTS, checkpoint["classes"], checkpoint["weights"]
-        config = runs.Config(**{k: v for k, v in checkpoint["config"].items() if k in names})
+        classes, weights = checkpoint["classes"], checkpoint["weights"]
+        config = runs.Config(**{k: v for k, v in checkpoint["config"].items() if k in runs.DEFAULTS})
     except Exception as error:  # a foreign file can make this raise anything
         raise DataError(f"{wrong} ({type(error).__name__})") from error
     sizes = config.image_size, config.limit, config.limit_test, config.shots
@@ -192,14 +191,13 @@ def metrics(path: Path, args: argparse.Namespace) -> dict:
         model.load_state_dict(weights)
     except (RuntimeError, AttributeError, TypeError) as error:
         raise DataError(f"{wrong} ({type(error).__name__})") from error
-    kind = "corruptions" if args.corruptions else "attack" if args.attack else "metrics"
     if args.corruptions:
-        result["corruptions"] = corruption_accuracy(model, args.corruptions)
+        kind, result["corruptions"] = "corruptions", corruption_accuracy(model, args.corruptions)
         result["images_per_severity"] = len(load_array(args.corruptions / "labels.npy")) // 5
     elif args.attack:
-        result["pgd"] = attacked_accuracy(model, data, args.epsilons)
+        kind, result["pgd"] = "attack", attacked_accuracy(model, data, args.epsilons)
     else:
-        result |= clean_metrics(model, data, config, args.sigmas)
+        kind, result = "metrics", result | clean_metrics(model, data, config, args.sigmas)
     write_text(path.with_suffix(f".{kind}.json"), json.dumps(result, indent=1) + "\n")
     return result
 
@@ -247,7 +245,7 @@ SHARES = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
 
 
 def main(argv=None) -> int:
-    """The command line; its status is that of `command.run`."""
+    """The command line; its status is that of `guarded`."""
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("paths", nargs="+", type=Path, metavar="CHECKPOINT")
     parser.add_argument("--corruptions", type=Path, help="folder of CIFAR-10-C: measure these instead")

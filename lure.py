@@ -29,12 +29,10 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, conv1x1, conv3x3
-from torchvision.transforms.functional import resize
 from tqdm import tqdm
 
 ARCHITECTURES = ("resnet18", "resnet50", "wide_resnet50_2", "vgg16_bn", "small")
-# This process among those that torchrun started, and how many they are.
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # by torchrun
 
 
 # ------------------------------------------------------------ Settings: this dataclass is the command line
@@ -93,9 +91,9 @@ def mega_batches(
 ) -> list[MegaBatch]:
     """Divide the samples at random into mega-batches of one size (±1), int64 index tensors on the CPU.
 
-    `val` is round(val_fraction · size) of it, but at least one, and `new` the rest. `train` adds to `new` all
-    earlier of these (replay "full"), none ("none") or at most `buffer_size`, a uniform sample ("buffer": a
-    true one, what has left it never returns). ValueError where nothing would be left to train on.
+    `val` is round(val_fraction · size) of it, but at least one, and `new` the rest. `train` is `new` and, of
+    the `new` before, all (replay "full"), nothing ("none") or at most `buffer_size`, a uniform sample of them
+    ("buffer": what has left it never returns). ValueError where nothing would be left to train on.
     """
     parts = torch.randperm(num_samples, generator=generator).tensor_split(num_mega_batches)
     priority = torch.randperm(num_samples, generator=generator)  # the buffer holds those that are first by it
@@ -175,7 +173,7 @@ def unlearn_(model, images, labels, keep=0.8, generator=None, loss=F.cross_entro
     """LURE's step on the sample π = (images, labels): score, keep, redraw, as in the three above.
 
     In place, of weights on one device; returns the mask, True where one was kept. Several processes need the
-    same π and generator state. ValueError unless 0 < keep <= 1.
+    same π and generator state. ValueError as by `top_k_mask`.
     """
     mask = top_k_mask(connection_sensitivity(model, images, labels, loss, chunk), keep)
     reinitialize_(model, mask, generator)
@@ -219,14 +217,14 @@ class Dataset(NamedTuple):
 
 
 def load_dataset(name: str, folder="data") -> Dataset:
-    """CIFAR-10 or -100, which torchvision downloads to the folder, or scikit-learn's digits. OSError."""
+    """CIFAR-10 or -100, from the folder or downloaded to it (OSError), or scikit-learn's digits at 16×16."""
     if name == "digits":
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
 
         pixels, labels = (torch.from_numpy(x) for x in load_digits(return_X_y=True))
-        pixels = (pixels * 255 / 16).round().to(torch.uint8).view(-1, 1, 8, 8)
-        images = resize(pixels, [16, 16]).view(-1, 16, 16, 1)  # of 8×8, `small` would leave one pixel
+        pixels = (pixels * 255 / 16).round().to(torch.uint8).view(-1, 1, 8, 8)  # `small` would leave one
+        images = torchvision.transforms.functional.resize(pixels, [16, 16]).view(-1, 16, 16, 1)
         train, test = train_test_split(range(len(labels)), test_size=0.2, stratify=labels, random_state=0)
         data = Dataset(images[train], labels[train], images[test], labels[test], list("0123456789"))
         return data._replace(mean=(0.3053,), std=(0.3762,), padding=1, flip=False)  # a mirrored 2 is no 2
@@ -237,10 +235,8 @@ def load_dataset(name: str, folder="data") -> Dataset:
         raise OSError(f"{folder}: expected {source.filename}, cannot download it ({error})") from error
     images, test_images = (torch.from_numpy(split.data) for split in (train, test))
     labels, test_labels = (torch.tensor(split.targets) for split in (train, test))
-    data = Dataset(images, labels, test_images, test_labels, train.classes)
-    if name == "cifar100":
-        return data._replace(mean=(0.5071, 0.4866, 0.4409), std=(0.2673, 0.2564, 0.2762))
-    return data
+    own: dict = {} if name == "cifar10" else dict(mean=(0.5071, 0.4866, 0.4409), std=(0.2673, 0.2564, 0.2762))
+    return Dataset(images, labels, test_images, test_labels, train.classes, **own)
 
 
 # ------------------------------------------------------------ Networks
@@ -251,6 +247,7 @@ def build_model(arch: str, data: Dataset, generator: torch.Generator) -> nn.Modu
     but with global average pooling and one linear layer; small: ResNet18 at width 16. Convolutions start
     Kaiming-normal (fan-out). It normalises its input. Its weights depend on the generator alone.
     """
+    torch.backends.cudnn.allow_tf32 = False  # so that float32 is float32
     channels, classes = data.images.shape[-1], len(data.classes)
     with torch.random.fork_rng([]):
         torch.default_generator.manual_seed(int(torch.randint(2**62, (), generator=generator)))
@@ -272,14 +269,13 @@ def build_model(arch: str, data: Dataset, generator: torch.Generator) -> nn.Modu
     return model.to(data.images.device).to(memory_format=torch.channels_last)
 
 
-def small_resnet(num_classes: int, in_channels: int) -> nn.Module:
+def small_resnet(classes: int, channels: int) -> nn.Module:
     model = nn.Sequential()  # of what is assigned to it, in that order
-    model.conv1, model.bn1, model.relu = conv3x3(in_channels, 16), nn.BatchNorm2d(16), nn.ReLU(inplace=True)
+    model.conv1, model.bn1, model.relu = conv3x3(channels, 16), nn.BatchNorm2d(16), nn.ReLU(inplace=True)
     for i, (a, b) in enumerate(((16, 16), (16, 32), (32, 64), (64, 128)), start=1):
         shortcut = nn.Sequential(conv1x1(a, b, 2), nn.BatchNorm2d(b)) if a < b else None
         setattr(model, f"layer{i}", nn.Sequential(BasicBlock(a, b, b // a, shortcut), BasicBlock(b, b)))
-    model.avgpool, model.flatten = nn.AdaptiveAvgPool2d(1), nn.Flatten()
-    model.fc = nn.Linear(128, num_classes)
+    model.avgpool, model.flatten, model.fc = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, classes)
     return model
 
 
@@ -341,7 +337,7 @@ def train_epoch_(model, optimizer, data: Dataset, train: Tensor, config, generat
 
 
 def learn_(model, optimizer, data: Dataset, train: Tensor, val: Tensor, config, generator) -> dict:
-    """Train on the samples `train` for a mega-batch; `val` is for best-val. Returns accuracy and speed."""
+    """Train on the samples `train` for a mega-batch; `val` is for best-val. Returns accuracy and time."""
     best, chosen, start = -1.0, None, time.perf_counter()
     net = torch.compile(model, mode="reduce-overhead") if config.compile else model
     if WORLD > 1:  # this sends the first process's weights and statistics to all
@@ -358,12 +354,11 @@ def learn_(model, optimizer, data: Dataset, train: Tensor, val: Tensor, config, 
     if chosen:
         model.load_state_dict(chosen)
     row = dict(running_train_accuracy=100 * float(running), image_passes=config.epochs * len(train))
-    seconds = time.perf_counter() - start  # after `float`, which waits for the device
-    return row | dict(seconds=seconds, images_per_second=row["image_passes"] / seconds)
+    return row | dict(seconds=time.perf_counter() - start)  # after `float`, which waits for the device
 
 
 def evaluate(model: nn.Module, pixels: Tensor, labels: Tensor) -> dict:
-    """Accuracy (percent), errors (count), loss, ECE ([0, 1]), in evaluation mode, float32, not augmented."""
+    """Accuracy (percent), errors, loss, ECE ([0, 1]), not augmented. FloatingPointError: loss not finite."""
     with torch.inference_mode():
         model.eval()
         parts = pixels.split(128)  # on a CPU, larger ones are half as fast: their memory is new each time
@@ -380,12 +375,10 @@ def lure_(model, pi, upcoming, fresh, generator, keep=0.8) -> dict[str, Tensor]:
     """LURE between two mega-batches, `unlearn_` on π. Every method of `run` has this signature.
 
     It changes the model in place and returns its mask (True: kept) or None. `pi`: the sample π, (images,
-    labels). `upcoming()` yields what is trained on next in such pairs, one per mega-batch, the new one last;
-    images are float in [0, 1], not augmented. `fresh()` builds a newly initialised network. The generator is
-    on the CPU. Settings of the method's own follow.
+    labels), images float in [0, 1], not augmented. `upcoming()` yields such pairs of what is trained on next,
+    mega-batch by mega-batch, the new one last. `fresh()` builds a new network. The generator is on the CPU.
     """
-    images, labels = pi
-    return unlearn_(model, images, labels, keep, generator)
+    return unlearn_(model, pi[0], pi[1], keep, generator)
 
 
 def draw_stream(config: Config, data: Dataset) -> tuple[Dataset, list[MegaBatch]]:
@@ -410,11 +403,10 @@ def for_method(config, data: Dataset, stream, i: int, generator) -> tuple:
 
 
 def totals(rows: list[dict]) -> dict:
-    """The paper's metrics of a run, from its mega-batches."""
+    """The paper's metrics of a run, from its mega-batches; accuracy and gap (section 4) in percent."""
     last, cer = rows[-1], cumulative_error_rate(row["test"]["errors"] for row in rows)
     train, val, test = (last[split]["accuracy"] for split in ("train", "val", "test"))
-    gap = train - val  # section 4, in percentage points
-    final = dict(test_accuracy=test, cer=cer, generalization_gap=gap, ece=last["test"]["ece"])
+    final = dict(test_accuracy=test, cer=cer, generalization_gap=train - val, ece=last["test"]["ece"])
     return final | {name: sum(row[name] for row in rows) for name in ("image_passes", "seconds")}
 
 
@@ -425,7 +417,7 @@ def run(config: Config, data: Dataset, forget=None, stream=None, state=None) -> 
     `mega_batches`, for labels as they are; by default both are drawn by the seed. `state`: one that was
     yielded; its `mega_batches` are the rows measured so far, its tensors the live ones. At one seed, stream,
     start and order are the same for every method. ValueError for settings that cannot be,
-    FloatingPointError for a loss that is not finite.
+    FloatingPointError after a mega-batch whose loss is not finite.
     """
     c, device, forget = config, str(data.images.device), forget or partial(lure_, keep=config.keep)
     rngs = [torch.Generator(d).manual_seed(4 * c.seed + i) for i, d in enumerate(["cpu", "cpu", device], 1)]
@@ -463,9 +455,8 @@ def run(config: Config, data: Dataset, forget=None, stream=None, state=None) -> 
 
 # ------------------------------------------------------------ Command line
 def pick_device(name: str) -> torch.device:
-    """The device of that name, where float32 is float32; auto: the GPU if there is one. ValueError."""
+    """The device of that name; auto: the GPU if there is one. ValueError if there is none."""
     name = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    torch.backends.cudnn.allow_tf32 = False
     try:
         if torch.device(name).type in ("cpu", "cuda"):
             return torch.zeros(1, device=name).device

@@ -262,7 +262,7 @@ def benchmark(args: argparse.Namespace) -> dict:
 
 # ------------------------------------------------------------ Command line
 def main(argv=None) -> int:
-    """The command line; its status is that of `command.run`."""
+    """The command line; its status is that of `guarded`."""
     parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     count, some = dict(type=positive, metavar="N"), dict(type=positive, metavar="N", nargs="+")
     add = parser.add_argument

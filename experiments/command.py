@@ -11,7 +11,6 @@ import torch.distributed as dist
 import lure
 from experiments import runs
 from experiments.data import DataError
-from experiments.runs import by_first
 from lure import RANK, WORLD
 
 
@@ -25,7 +24,10 @@ def printable(text) -> str:
 
 
 def guarded(program: str, call) -> int:
-    """Call and return the exit status. An error that is the user's to mend is one line, not a traceback."""
+    """Call, with one line instead of a traceback for an error that is the user's to mend.
+
+    Returns 0; 2: a wrong call; 1: wrong data, or a loss not finite; 130: interrupted.
+    """
     try:
         call()
     except (ValueError, DataError, OSError, FloatingPointError, KeyboardInterrupt) as error:
@@ -35,7 +37,7 @@ def guarded(program: str, call) -> int:
 
 
 def run(argv, description: str, settings: type[runs.Config], method) -> int:
-    """A command line. Returns 0; 2: a wrong call; 1: wrong data, or a loss not finite; 130: interrupted."""
+    """The command line of `settings`; `method(config)` is what to do between mega-batches. As `guarded`."""
     if WORLD > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     parser = Parser(description=description, allow_abbrev=False)
@@ -46,11 +48,11 @@ def run(argv, description: str, settings: type[runs.Config], method) -> int:
         lure.pick_device(config.device)
 
     def call():
-        given = by_first(lambda: vars(parser.parse_args(argv)))
-        config = by_first(lambda: settings(**given))
-        by_first(lambda: check(config))
+        given = runs.by_first(lambda: vars(parser.parse_args(argv)))
+        config = runs.by_first(lambda: settings(**given))
+        runs.by_first(lambda: check(config))
         if WORLD > 1 and config.device in ("auto", "cuda") and torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         record = runs.recorded(config, method(config))
         if RANK == 0:
             print(json.dumps(record["totals"]))

@@ -280,7 +280,7 @@ def overview(folder: Path) -> str:
 
 # ------------------------------------------------------------ Command line
 def main(argv=None) -> int:
-    """The command line, that of experiments/tables.py; its status is that of `command.run`."""
+    """The command line, that of experiments/tables.py; its status is that of `guarded`."""
     argv = sys.argv[1:] if argv is None else argv
 
     def call():

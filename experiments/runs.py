@@ -28,7 +28,7 @@ class Config(lure.Config):
 
     dataset: str = option("cifar10", "data set", DATASETS)
     cache: str = option(".cache", "folder for decoded images")
-    image_size: int = option(0, "side to resize to, at most 1024; 0: none, but 32 for folders", high=1024)
+    image_size: int = option(0, "side to resize to, at most 1024; 0: as they are, folders to 32", high=1024)
     limit: int = option(0, "training images to use, a stratified choice; 0: all")
     limit_test: int = option(0, "test images to use, a stratified choice; 0: all")
     shots: int = option(0, "training images of each class to use, whatever --limit is; 0: all")
@@ -102,7 +102,7 @@ def observed(forget: Method, data: Dataset, found: dict) -> Method:
 
 def loaded_once(config: Config) -> Dataset:
     """The data, which the first process of each machine loads before the others, and so fills the cache."""
-    c, first = config, os.environ.get("LOCAL_RANK") in ("0", None)
+    c, first = config, os.environ.get("LOCAL_RANK") == "0"
     if WORLD > 1 and not first:
         dist.barrier()
     data = load_dataset(c.dataset, c.data, c.cache, c.image_size, c.limit, c.limit_test, c.shots)

@@ -457,12 +457,12 @@ def test_a_method_is_given_its_settings_and_the_share_to_keep_if_it_has_one(name
 @pytest.mark.parametrize(
     ("name", "setting", "told"),
     [
-        ("sp", "alpha=0.3", "sp has the settings shrink, noise"),
-        ("dash", "shrink=0.3", "dash has the settings alpha, floor"),
-        ("fire", "keep=0.5", "fire has the settings steps"),
-        ("fisher", "keep=0.5", "fisher has the settings chunk"),
-        ("lure", "keep=0.5", "lure has the settings none"),
-        ("warm-start", "shrink=0.3", "warm-start has the settings none"),
+        ("sp", "alpha=0.3", "sp has shrink, noise"),
+        ("dash", "shrink=0.3", "dash has alpha, floor"),
+        ("fire", "keep=0.5", "fire has steps"),
+        ("fisher", "keep=0.5", "fisher has chunk"),
+        ("lure", "keep=0.5", "lure has no settings"),
+        ("warm-start", "shrink=0.3", "warm-start has no settings"),
         ("sp", "shrink", "expected shrink=<float>"),
         ("sp", "shrink=", "expected shrink=<float>"),
         ("sp", "shrink=much", "expected shrink=<float>"),
