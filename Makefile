@@ -54,11 +54,11 @@ overview: $(READY)  ## results/README.md, from all tables and figures that are t
 	$(PYTHON) -m experiments.report overview
 
 test: $(READY)  ## the test-suite
-	$(PYTHON) -m pytest -q $(ARGS) tests
+	$(PYTHON) -m pytest -q -n auto --dist loadfile $(ARGS) tests
 test-long: $(READY)  ## the same with 2000 examples for each property, and more than 20 kills; half an hour
-	$(PYTHON) -m pytest -q --hypothesis-profile=long $(ARGS) tests
+	$(PYTHON) -m pytest -q -n auto --dist loadfile --hypothesis-profile=long $(ARGS) tests
 test-oldest: .venv-oldest/installed  ## the same with the oldest torch and torchvision of requirements.txt
-	.venv-oldest/bin/python -m pytest -q $(ARGS) tests
+	.venv-oldest/bin/python -m pytest -q -n auto --dist loadfile $(ARGS) tests
 .venv-oldest/installed: requirements.txt
 	python3 -m venv .venv-oldest
 	sed -e 's/^torch>=/torch==/' -e 's/^torchvision>=/torchvision==/' requirements.txt > .venv-oldest/requirements.txt
