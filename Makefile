@@ -33,7 +33,7 @@ plan = +@plan=$$(mktemp) && trap 'rm -f $$plan' EXIT && python3 -m experiments.m
     --datasets="$(DATASETS)" --methods="$(METHODS)" --seeds="$(SEEDS)" --args="$(ARGS)" > $$plan && $(MAKE) -f $$plan $3 all
 
 demo: jobs = $(or $(patsubst -j%,%,$(filter -j%,$(MAKEFLAGS))),$(shell getconf _NPROCESSORS_ONLN))
-demo: $(READY)  ## all methods on scikit-learn's digits: a table and a figure, in a minute and a half
+demo: $(READY)  ## all methods on scikit-learn's digits: a table and a figure, in under two minutes
 	rm -rf demo
 	$(call plan,demo,demo,$(if $(filter -j%,$(MAKEFLAGS)),,-j$$(getconf _NPROCESSORS_ONLN)))
 reproduce-%: $(READY)
