@@ -10,6 +10,7 @@ import contextlib
 import json
 import statistics
 import sys
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import lure
 from baselines import evaluating, fisher_information, magnitudes, random_scores
 from experiments import runs
 from experiments.command import Parser, guarded
-from experiments.data import DataError, load_dataset
+from experiments.data import DataError
 from experiments.files import load, provenance, write_text
 from lure import Dataset, expected_calibration_error
 
@@ -179,10 +180,10 @@ def metrics(path: Path, args: argparse.Namespace) -> dict:
         config = runs.Config(**{k: v for k, v in checkpoint["config"].items() if k in runs.DEFAULTS})
     except Exception as error:  # a foreign file can make this raise anything
         raise DataError(f"{wrong} ({type(error).__name__})") from error
-    sizes = config.image_size, config.limit, config.limit_test, config.shots
-    data = load_dataset(config.dataset, args.data or config.data, args.cache, *sizes)
+    config = replace(config, data=args.data or config.data, cache=args.cache)
+    data = runs.loaded_once(config)
     if data.classes != classes:
-        raise DataError(f"{path}: expected to have been trained on the classes of {args.data or config.data}")
+        raise DataError(f"{path}: expected to have been trained on the classes of {config.data}")
     result = {"config": checkpoint["config"] | {"classes": classes}}
     result |= provenance(["evaluate.py", *args.argv], device, data)
     data = data.to(device)

@@ -223,7 +223,7 @@ def load_dataset(name: str, folder="data") -> Dataset:
         from sklearn.model_selection import train_test_split
 
         pixels, labels = (torch.from_numpy(x) for x in load_digits(return_X_y=True))
-        pixels = (pixels * 255 / 16).round().to(torch.uint8).view(-1, 1, 8, 8)  # `small` would leave one
+        pixels = (pixels * 255 / 16).round().to(torch.uint8).view(-1, 1, 8, 8)  # too few for `small`
         images = torchvision.transforms.functional.resize(pixels, [16, 16]).view(-1, 16, 16, 1)
         train, test = train_test_split(range(len(labels)), test_size=0.2, stratify=labels, random_state=0)
         data = Dataset(images[train], labels[train], images[test], labels[test], list("0123456789"))
