@@ -593,14 +593,14 @@ ALL = "--arch small --mega-batches 3 --epochs 1 --lr 0.003 --precision float32 -
 DIGITS = f"{ALL} --dataset digits --image-size 16 --limit 120 --limit-test 60"
 OWN = f"{ALL} --dataset folder --data pictures --cache cache"
 SPECIAL = "--lr 0.01 --momentum 0.5 --keep-momentum --weight-decay 0.5 --batch-size 16"
-FEW = "--val-fraction 0.2"
 KEPT = {
     "lure": f"{DIGITS} --method lure --pi next",
     "lure of a folder": f"{OWN} --method lure --pi seen --keep 0.6 --image-size 8",
     "sp": f"{DIGITS} --method sp --replay buffer --buffer-size 9 --label-noise 0.3 {SPECIAL}",
     "random": f"{DIGITS} --method random --replay none --seed 2",
     "dash": f"{OWN} --method dash --select best-val --epochs 2 --batch-size 16 --image-size 16",
-    "fire": f"{OWN} --method fire --shots 7 --epochs 2 --gamma 0.5 --set steps=5 --batch-size 8 {FEW}",
+    "fire": f"{OWN} --method fire --shots 7 --val-fraction 0.2 --epochs 2 --gamma 0.5 --set steps=5"
+    " --batch-size 8",
     "scratch": f"{DIGITS} --method scratch --val-fraction 0.3",
 }
 UNKEPT = ("seconds", "images_per_second", "accuracy", "running_train_accuracy", "ece")  # times; jumps

@@ -24,11 +24,12 @@ from experiments.make import command, rules
 @pytest.fixture
 def checkout(tmp_path):
     """A copy of the project to run make in."""
+    folder = tmp_path / "checkout"  # as coverage knows it
     for name in ("lure.py", "baselines.py", "evaluate.py", "Makefile", "results/paper.json"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        shutil.copy(ROOT / name, tmp_path / name)
-    shutil.copytree(ROOT / "experiments", tmp_path / "experiments")
-    return tmp_path
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    shutil.copytree(ROOT / "experiments", folder / "experiments")
+    return folder
 
 
 def make(folder, *words):
