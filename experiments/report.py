@@ -21,6 +21,7 @@ from experiments.files import write, write_text
 from experiments.rows import NAMES, Row, load_rows, split_measured
 
 RESULTS = Path(__file__).parent.parent / "results"
+SCALES = ("paper", "narrow", "small", "precision")  # its folders, in the overview's order
 TITLES = {"cifar10": "CIFAR-10", "cifar10-jpeg": "CIFAR-10 (JPEG copy)", "cifar100": "CIFAR-100"}
 TITLES |= {"restricted-imagenet": "Restricted ImageNet", "digits": "Digits"}
 SUBJECTS = {
@@ -258,7 +259,7 @@ def caption(title: str, rows: list[Row], columns: list[Column]) -> str:
 def overview(folder: Path) -> str:
     """Write folder/README.md: the claims, then all reports, from its subfolders, one for each scale."""
     parts, claims = [], []
-    for scale in ("paper", "narrow", "small", "precision"):
+    for scale in SCALES:
         for name in tables.SCALES[scale]:
             path = folder / scale / f"{name}.md"
             if path.exists():

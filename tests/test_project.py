@@ -58,7 +58,7 @@ def test_the_papers_claims_are_about_runs_that_there_are():
         for side in (claim["better"], claim["than"]):
             methods = side["method"] if isinstance(side["method"], list) else [side["method"]]
             assert set(methods) <= set(baselines.METHODS) and side.keys() <= options
-    assert {name for name in report.SUBJECTS if name[-1].isdigit()} == {c["table"] for c in paper["claims"]}
+    assert {name for name in report.SUBJECTS if name[-1].isdigit()} <= {c["table"] for c in paper["claims"]}
     numbers = {"dataset", "test_acc", "std", "cer", "gap", "mca"}
     for printed in paper["tables"].values():
         assert all(row.keys() - numbers <= options and row["dataset"] in DATASETS for row in printed["rows"])
@@ -78,15 +78,15 @@ def test_the_snippets_of_the_readme_work_as_pasted(tmp_path):
 def test_reports_are_what_their_runs_say(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "FIGURES", {})  # without drawing
     monkeypatch.chdir(ROOT)
-    there = {path for scale in ("small", "precision") for path in (ROOT / "results" / scale).glob("*.md")}
-    for scale in ("small", "precision"):
+    there = {path for scale in report.SCALES for path in (ROOT / "results" / scale).glob("*.md")}
+    for scale in report.SCALES:
         asked = tables.arguments(["all", "--scale", scale, "--data", "cifar10-jpeg"])
         for name in asked.tables:
             committed = ROOT / asked.out / f"{name}.md"
             if not committed.exists():  # it has not been measured yet
                 continue
             runs = [(run.row, Path(run.path(asked.out))) for run in tables.planned(name, asked)]
-            text = report.report(tmp_path / scale / f"{name}.md", runs)
+            text = report.report(tmp_path / scale / f"{name}.md", runs, incomplete=True)
             assert text == committed.read_text(), committed
             there.remove(committed)
     assert not there
