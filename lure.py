@@ -42,7 +42,7 @@ def option(default, help, choices=(), low=0, high=1e18):
 
 @dataclass(frozen=True)
 class Config:
-    """Every setting of a run, by default the paper's (section 3, A.2). ValueError for one out of range."""
+    """Every setting of a run, by default the paper's where it states one. ValueError for one out of range."""
 
     dataset: str = option("cifar10", "data set", ("digits", "cifar10", "cifar100"))
     data: str = option("data", "folder that the data set is in, or is downloaded to")
@@ -110,24 +110,26 @@ def mega_batches(
 
 # ------------------------------------------------------------ Unlearn: sensitivity, mask, reinitialisation
 def connection_sensitivity(model, images, labels, loss=F.cross_entropy, chunk=64) -> dict[str, Tensor]:
-    """SNIP's connection sensitivity s_j = |g_j| / Σ_k |g_k| (Eq. 2; Lee et al. 2018, arXiv 1810.02340).
+    """SNIP's connection sensitivity s_j = |g_j| / Σ_k |g_k|, g of Eq. 2 (Lee et al. 2018, arXiv 1810.02340).
 
     `images` (N, …) go to the model unchanged, `chunk` at a time; `labels` (N, …). `loss(output, labels)` is a
-    mean over samples; L is that over all N, in evaluation mode. Returns, for each parameter of two or more
-    dimensions that requires a gradient (a connection, not a bias or normalisation), scores >= 0 of its shape,
-    float32 at least; their sum is 1, or 0. Model and gradients stay as they were.
+    mean over samples, of equal weight; L is that over all N, in evaluation mode. Returns, for each parameter
+    of two or more dimensions that requires a gradient (biases and most normalisations have one dimension),
+    scores >= 0 of its shape, float32 at least; their sum is 1, or 0. Model and gradients stay as they were.
     """
     weights = {name: p for name, p in model.named_parameters() if p.ndim >= 2 and p.requires_grad}
     gradients = [torch.zeros_like(p) for p in weights.values()]
     training = {module: module.training for module in model.modules()}
-    model.eval()
-    with torch.enable_grad(), torch.autocast(labels.device.type, enabled=False):
-        for x, y in zip(images.split(chunk), labels.split(chunk), strict=True):
-            part = loss(model(x), y) * (len(y) / len(labels))
-            more = torch.autograd.grad(part, [*weights.values()], materialize_grads=True)
-            gradients = [g + m for g, m in zip(gradients, more, strict=True)]
-    for module, flag in training.items():
-        module.training = flag
+    try:
+        model.eval()
+        with torch.enable_grad(), torch.autocast(labels.device.type, enabled=False):
+            for x, y in zip(images.split(chunk), labels.split(chunk), strict=True):
+                part = loss(model(x), y) * (len(y) / len(labels))
+                more = torch.autograd.grad(part, [*weights.values()], materialize_grads=True)
+                gradients = [g + m for g, m in zip(gradients, more, strict=True)]
+    finally:
+        for module, flag in training.items():
+            module.training = flag
     scores = {}
     for (name, p), g in zip(weights.items(), gradients, strict=True):
         # g is a derivative by the mask, not by the weight: the loss sees m·θ, so ∂L/∂m = θ·∂L/∂θ at m = 1.
@@ -148,10 +150,8 @@ def top_k_mask(scores: dict[str, Tensor], keep: float) -> dict[str, Tensor]:
     sizes = [s.numel() for s in scores.values()]
     k = max(1, round(keep * sum(sizes)))
     flat = torch.cat([s.flatten() for s in scores.values()])
-    threshold = flat.kthvalue(len(flat) - k + 1).values  # s̃_k, the k-th largest
-    mask = flat > threshold
-    ties = (flat == threshold).nonzero().flatten()
-    mask[ties[: k - int(mask.sum())]] = True
+    mask = torch.zeros_like(flat, dtype=torch.bool)
+    mask[flat.sort(descending=True, stable=True).indices[:k]] = True
     return {name: part.view_as(scores[name]) for name, part in zip(scores, mask.split(sizes), strict=True)}
 
 
@@ -172,8 +172,8 @@ def reinitialize_(model: nn.Module, mask: dict[str, Tensor], generator=None) -> 
 def unlearn_(model, images, labels, keep=0.8, generator=None, loss=F.cross_entropy, chunk=64):
     """LURE's step on the sample π = (images, labels): score, keep, redraw, as in the three above.
 
-    In place, of weights on one device; returns the mask, True where one was kept. Several processes need the
-    same π and generator state. ValueError as by `top_k_mask`.
+    In place, of weights on one device; returns the mask, True where one was kept. Of several processes, send
+    the first's weights to all afterwards. ValueError as by `top_k_mask`.
     """
     mask = top_k_mask(connection_sensitivity(model, images, labels, loss, chunk), keep)
     reinitialize_(model, mask, generator)
@@ -337,7 +337,7 @@ def train_epoch_(model, optimizer, data: Dataset, train: Tensor, config, generat
 
 
 def learn_(model, optimizer, data: Dataset, train: Tensor, val: Tensor, config, generator) -> dict:
-    """Train on the samples `train` for a mega-batch; `val` is for best-val. Returns accuracy and time."""
+    """Train on the samples `train` for a mega-batch; `val` is for best-val. Returns accuracy and cost."""
     best, chosen, start = -1.0, None, time.perf_counter()
     net = torch.compile(model, mode="reduce-overhead") if config.compile else model
     if WORLD > 1:  # this sends the first process's weights and statistics to all
@@ -397,7 +397,7 @@ def for_method(config, data: Dataset, stream, i: int, generator) -> tuple:
     source = dict(learned=stream[i].new, seen=stream[i].train, next=stream[i + 1].new)[config.pi]
     size = max(1, round(config.pi_fraction * len(source)))
     drawn = torch.randperm(len(source), generator=generator)[:size].to(source.device)
-    past = dict.fromkeys(stream[: i + 2])  # once each: a stream of generations repeats one mega-batch
+    past = dict.fromkeys(stream[: i + 2])  # once each: a caller's stream may repeat a mega-batch
     parts = [batch.new[torch.isin(batch.new, stream[i + 1].train)] for batch in past]
     return data.samples(source[drawn]), partial(map, data.samples, [part for part in parts if len(part)])
 
@@ -435,7 +435,7 @@ def run(config: Config, data: Dataset, forget=None, stream=None, state=None) -> 
     for i in range(len(rows), len(stream)):
         # Learn; from the second mega-batch on, relearn.
         train, val = stream[i].train, stream[i].val
-        if c.replay == "full":
+        if c.replay == "full":  # all so far, as `train` is
             val = torch.cat([batch.val for batch in dict.fromkeys(stream[: i + 1])])
         row = learn_(model, optimizer, data, train, val, c, order_rng)
         if not c.keep_momentum:

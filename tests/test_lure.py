@@ -405,6 +405,9 @@ def test_sensitivity_leaves_model_gradients_and_random_state_alone():
     assert [m.training for m in model.modules()] == flags and len(set(flags)) == 2
     assert [p.requires_grad for p in model.parameters()] == wanted
     assert torch.equal(first.grad, gradient) and all(p.grad is None for p in others)
+    with pytest.raises(TypeError):
+        lure.connection_sensitivity(model, images, labels, loss=None)
+    assert [m.training for m in model.modules()] == flags
 
 
 def test_a_loss_that_depends_on_no_weight_gives_zeros():
