@@ -233,7 +233,7 @@ class Config(runs.Config):
 
 
 def method(config: Config) -> runs.Method:
-    """The method that the configuration names, with its settings. ValueError for one it does not have."""
+    """The method that is configured, with its settings: numbers with a default. ValueError for any other."""
     function = METHODS[config.method]
     own = {name: p.default for name, p in list(inspect.signature(function).parameters.items())[5:]}
     given: dict = {"keep": config.keep} if own.pop("keep", None) else {}  # an option of its own

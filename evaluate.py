@@ -7,13 +7,14 @@ python evaluate.py lure-1.pt --corruptions CIFAR-10-C    # writes lure-1.corrupt
 
 import argparse
 import contextlib
+import copy
 import json
 import statistics
 import sys
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -109,8 +110,6 @@ def corruption_accuracy(model: nn.Module, directory: str | Path) -> dict:
 
 
 def load_array(path: Path) -> Tensor:
-    import numpy as np
-
     try:
         return torch.from_numpy(np.lib.format.open_memmap(path, mode="c"))
     except (OSError, ValueError, TypeError, EOFError) as error:
@@ -157,13 +156,11 @@ def redrawing_accuracy(model, pi, images, labels, shares, generator) -> dict[str
 @contextlib.contextmanager
 def restored(model: nn.Module):
     """Afterwards the parameters are what they were, bit by bit."""
-    saved = [p.detach().clone() for p in model.parameters()]
+    saved = copy.deepcopy(model.state_dict())
     try:
         yield
     finally:
-        with torch.no_grad():
-            for p, original in zip(model.parameters(), saved, strict=True):
-                p.copy_(original)
+        model.load_state_dict(saved)
 
 
 # ------------------------------------------------------------ A checkpoint's metrics
@@ -177,10 +174,10 @@ def metrics(path: Path, args: argparse.Namespace) -> dict:
     try:
         checkpoint = load(path)
         classes, weights = checkpoint["classes"], checkpoint["weights"]
-        config = runs.Config(**{k: v for k, v in checkpoint["config"].items() if k in runs.DEFAULTS})
+        known = {k: v for k, v in checkpoint["config"].items() if k in runs.DEFAULTS}
+        config = runs.Config(**known | dict(data=args.data or known["data"], cache=args.cache))
     except Exception as error:  # a foreign file can make this raise anything
         raise DataError(f"{wrong} ({type(error).__name__})") from error
-    config = replace(config, data=args.data or config.data, cache=args.cache)
     data = runs.loaded_once(config)
     if data.classes != classes:
         raise DataError(f"{path}: expected to have been trained on the classes of {config.data}")
@@ -235,14 +232,12 @@ def clean_metrics(model, data: Dataset, config: runs.Config, sigmas) -> dict:
 
 
 def summary(result: dict) -> str:
-    measured = ("accuracy", "ece", "pgd", "weight_noise", "redrawing")
-    shown = {name: result[name] for name in measured if name in result}
+    shown = {k: result[k] for k in ("accuracy", "ece", "pgd", "weight_noise", "redrawing") if k in result}
     return json.dumps(shown or {"mca": result["corruptions"]["mean"]})
 
 
 # ------------------------------------------------------------ Command line
-EPSILONS, SIGMAS = (1, 2, 4, 8), (0, 0.01, 0.02, 0.03, 0.04, 0.05)
-SHARES = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
+EPSILONS, SIGMAS, SHARES = (1, 2, 4, 8), (0, 0.01, 0.02, 0.03, 0.04, 0.05), (0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
 
 
 def main(argv=None) -> int:

@@ -1,7 +1,4 @@
-"""The figures of the reports.
-
-Each draws the rows that were measured, given the numbers that the paper prints and the table's other rows.
-"""
+"""The figures of the reports, drawn of measured rows, the paper's numbers and the rows not yet measured."""
 
 import statistics
 
@@ -158,7 +155,6 @@ def forgetting(figure, rows, published, others):
 
 
 CRITERIA = {"lure": "SNIP (LURE)", "fisher": "Fisher", "magnitude": "magnitude", "random": "chance"}
-
 FIGURES = {
     "demo": anytime,
     "table1": anytime,

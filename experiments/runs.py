@@ -12,14 +12,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 import lure
 from experiments.data import DATASETS, DataError, load_dataset
 from experiments.files import load, provenance, write, write_text
 from lure import RANK, WORLD, Dataset, MegaBatch, option
 
-Method = Callable[..., dict[str, Tensor] | None]  # `lure.lure_` tells what it gets and does
+Method = Callable[..., dict | None]  # `lure.lure_` tells what it gets and does
 
 
 @dataclass(frozen=True)
@@ -150,15 +149,12 @@ def read_earlier(path: str, read, run: dict, keys=()) -> dict | None:
         return None
     try:
         record = read(path)
+        # The precision that it ran in, whatever the option's word.
         there, here = (
-            {f"its {k}": r[k] for k in keys}
-            | r["data"]
-            | DEFAULTS
-            | r["config"]
-            | {"precision": r["precision"]}
-            for r in (record, run)  # the precision that it ran in, whatever the option's word
+            {f"its {k}": r[k] for k in ("precision", *keys)} | r["data"] | DEFAULTS | r["config"]
+            for r in (record, run)
         )
-        odd = [k for k in there | here if k not in PATHS and there.get(k) != here.get(k)]
+        odd = [k for k in there | here if k not in {"precision", *PATHS} and there.get(k) != here.get(k)]
     except Exception as error:
         kind = type(error).__name__
         raise ValueError(f"{path}: expected what a call of this run wrote, or no file ({kind})") from error
