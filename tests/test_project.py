@@ -121,7 +121,7 @@ def test_the_table_of_the_readme_is_the_reports():
 def test_the_numbers_in_the_prose_of_the_readme_are_in_the_reports():
     prose = " ".join(line for line in MEASURED.splitlines() if not line.startswith("|"))
     reports = " ".join(path.read_text() for path in (ROOT / "results").glob("*/*.md"))
-    numbers = re.findall(r"\d+\.\d+", prose)
+    numbers = re.findall(r"[-+]?\d+\.\d+", prose)
     assert numbers and all(re.search(rf"(?<![\d.]){re.escape(n)}(?![\d.])", reports) for n in numbers)
 
 
