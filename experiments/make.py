@@ -92,8 +92,8 @@ def rules(asked: argparse.Namespace) -> str:
     lines = ["equals := =", ".PHONY: all prepare"]
     for path, (before, recipe) in rule.items():
         if path.endswith(".pt") or path in missing or path in ("all", "prepare"):
-            # Make would take a line with "=" for an assignment.
-            head = f"{path}: | {before}".replace("=", "$(equals)")
+            # Make would take a line with "=" for an assignment, and delete a file whose recipe it stops.
+            head = f".PRECIOUS: {path}\n{path}: | {before}".replace("=", "$(equals)")
             lines += [head, *(f"\t{line}" for line in recipe)]
     return "\n".join(lines) + "\n"
 

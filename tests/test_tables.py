@@ -5,8 +5,10 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from itertools import product
 from pathlib import Path
 
@@ -66,6 +68,23 @@ def test_make_demo_at_a_reduced_size(checkout):
     assert rows[2:] == ["Warm start", "LURE", "FIRE"]
     assert (checkout / "demo" / "demo-digits.png").stat().st_size > 10_000
     assert not (checkout / ".venv").exists()
+
+
+def test_what_is_finished_when_make_is_stopped_stays(checkout, tmp_path):
+    python = tmp_path / "python"  # writes the record, and has not ended yet
+    python.write_text(
+        '#!/bin/sh\nwhile [ "$1" ]; do [ "$1" = --out ] && echo {} > "$2"; shift; done\nexec sleep 60\n'
+    )
+    python.chmod(0o755)
+    words = ["demo", "--scale", "demo", "--methods", "lure", "--out", "out", "--python", str(python)]
+    (checkout / "rules").write_text(rules(tables.arguments(words)))
+    (checkout / "out" / "digits").mkdir(parents=True)
+    stopped = subprocess.Popen(["make", "-f", "rules", "all"], cwd=checkout, start_new_session=True)
+    record = checkout / "out" / "digits" / "lure-1.json"
+    while not (record.exists() and record.read_text()) and stopped.poll() is None:
+        time.sleep(0.05)
+    os.killpg(stopped.pid, signal.SIGTERM)
+    assert stopped.wait(timeout=30) and record.read_text() == "{}\n"
 
 
 def test_make_loads_a_folder_of_images_and_runs_on_it(checkout):
