@@ -125,6 +125,19 @@ def test_the_numbers_in_the_prose_of_the_readme_are_in_the_reports():
     assert numbers and all(re.search(rf"(?<![\d.]){re.escape(n)}(?![\d.])", reports) for n in numbers)
 
 
+def test_table_3_has_the_largest_gain_on_cifar10_of_the_papers_tables():
+    gains = {}
+    for name, printed in json.loads((ROOT / "results/paper.json").read_text())["tables"].items():
+        rows = [row for row in printed["rows"] if row["dataset"] == "cifar10" and name.startswith("table")]
+        accuracy = {
+            (row["method"], *(row.get(k) for k in ("mega_batches", "arch", "label_noise"))): row["test_acc"]
+            for row in rows
+        }
+        lure_rows = [key for key in accuracy if key[0] == "lure" and ("warm-start", *key[1:]) in accuracy]
+        gains |= {(name, key): accuracy[key] - accuracy["warm-start", *key[1:]] for key in lure_rows}
+    assert len(gains) > 10 and max(gains, key=gains.get)[0] == "table3"
+
+
 def test_the_benchmark_of_the_readme_is_what_its_record_says():
     (name,) = re.findall(r"\((results/bench/[^)]+)\.md\)", README)
     result = json.loads((ROOT / f"{name}.json").read_text())
