@@ -67,14 +67,14 @@ MAIN = [
 ATTACKS = [Column(f"At ε = {e}/255, %", ("pgd", f"{e}/255"), paired=e == 2) for e in EPSILONS]
 NOISES = [Column("Without noise, %", ("weight_noise", "0"))]
 NOISES += [Column(f"Drop at σ = {s}, points", ("noise_drop", f"{s}"), paired=s == 0.02) for s in SIGMAS[1:]]
-FORGETTING = [
-    Column("Before, %", ("forgetting", "before")),
-    Column("Right after, %", ("forgetting", "after")),
-    Column("Relearned, %", ("forgetting", "relearned"), paired=True),
-]
 COLUMNS = {
     "generations": [column for column in MAIN if column.path[1] not in ("cer", "seconds")],
-    "forgetting": FORGETTING,
+    "forgetting": [
+        Column("Before, %", ("forgetting", "before")),
+        Column("Right after, %", ("forgetting", "after")),
+        Column("Relearned, %", ("forgetting", "relearned"), paired=True),
+        Column("Training accuracy then, %", ("forgetting", "trained")),
+    ],
     "figure2": [Column("mCA, %", ("corruptions", "mean"), printed="mca", paired=True)],
     "figure3": ATTACKS,
     "figure4": [Column("ECE, %", ("ece",), paired=True)],

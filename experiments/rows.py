@@ -115,6 +115,7 @@ def forgetting_of(rows: list[dict]) -> dict:
         "before": [a["test"]["accuracy"] for a, _ in pairs],
         "after": [a["forgotten"]["accuracy"] for a, _ in pairs],
         "relearned": [b["test"]["accuracy"] for _, b in pairs],
+        "trained": [b["train"]["accuracy"] for _, b in pairs],
     }
     masks = [a["redrawn_by_tensor"] for a, _ in pairs if a["redrawn_by_tensor"]]
     shares = {name: statistics.fmean(100 * mask[name] for mask in masks) for name in (masks or [{}])[0]}

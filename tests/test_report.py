@@ -401,6 +401,8 @@ def test_forgetting_is_reported_around_each_forgetting_and_by_tensor(folder, tmp
     ]
     assert head[2:5] == ["Before, %", "Right after, %", "Relearned, %"]
     assert ours[2:5] == [spread(values) for values in shown]
+    assert head[6] == "Training accuracy then, %"
+    assert ours[6] == spread([r[1]["train"]["accuracy"] for r in rows])
     assert warm[2] == warm[3]  # nothing was forgotten
     assert shares_head == ["Redrawn of, %", "LURE"]
     by_tensor = [[100 * r[0]["redrawn_by_tensor"]["layer4.1.conv1.weight"] for r in rows]]
