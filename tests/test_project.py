@@ -59,7 +59,7 @@ def test_the_papers_claims_are_about_runs_that_there_are():
             methods = side["method"] if isinstance(side["method"], list) else [side["method"]]
             assert set(methods) <= set(baselines.METHODS) and side.keys() <= options
     numbered = {name for name in report.SUBJECTS if name[-1].isdigit()}
-    assert numbered | {"where-from"} == {c["table"] for c in paper["claims"]}
+    assert numbered | {"where-from", "generations"} == {c["table"] for c in paper["claims"]}
     numbers = {"dataset", "test_acc", "std", "cer", "gap", "mca"}
     for printed in paper["tables"].values():
         assert all(row.keys() - numbers <= options and row["dataset"] in DATASETS for row in printed["rows"])

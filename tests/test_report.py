@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 import baselines
 import evaluate
 from experiments import figures, report
-from experiments.claims import interval, spread, verdict
+from experiments.claims import interval, spread, verdict, warm_start_of
 from experiments.data import DataError
 from experiments.figures import FIGURES
 from experiments.rows import MEASURED, NAMES, Row, load_rows
@@ -328,13 +328,13 @@ def test_what_does_not_differ_at_all_has_no_say_in_a_claim():
 def test_what_warm_start_a_row_is_compared_with():
     plain, noisy = row("warm-start", [50]), row("warm-start", [40], label_noise=0.2)
     rows = [plain, noisy, row("lure", [41], label_noise=0.2, keep=0.9), row("lure", [52], keep=0.9)]
-    found = [report.warm_start_of(r, rows) for r in rows]
+    found = [warm_start_of(r, rows) for r in rows]
     assert found[0] is None and found[1] is plain and found[2] is noisy and found[3] is plain
-    assert report.warm_start_of(row("lure", [41], gamma=1), rows) is None  # that of gamma 1 is not there
+    assert warm_start_of(row("lure", [41], gamma=1), rows) is None  # that of gamma 1 is not there
     short, long = row("warm-start", [50], epochs=5), row("warm-start", [50])
     for r, passes in ((short, 5), (long, 10)):
         r.records[0]["totals"]["image_passes"] = passes
-    assert report.warm_start_of(short, [short, long]) is None  # it has trained on fewer images
+    assert warm_start_of(short, [short, long]) is None  # it has trained on fewer images
 
 
 @given(st.lists(st.floats(-100, 100), min_size=2, max_size=12))
@@ -430,27 +430,40 @@ def test_forgetting_is_reported_around_each_forgetting_and_by_tensor(folder, tmp
 
 def test_generations_are_reported_beside_one_schedule_and_right_after_each_forgetting(tmp_path):
     runs, out = tmp_path / "digits", tmp_path / "generations.md"
-    for name in (
-        "ke+generations",
-        "warm-start+generations",
-        "warm-start+generations+mega-batches=1+epochs=3",
-    ):
+    names = {
+        "KE": "ke+generations",
+        "LURE by chance": "random+generations",
+        "One schedule": "warm-start+generations+mega-batches=1+epochs=3",
+        "Warm start": "warm-start+generations",
+    }
+    accuracy, forgotten = {}, {}
+    for title, name in names.items():
         method, *more = name.split("+")
         options = [*SMALL, "--mega-batches", "3", *(f"--{option}" for option in more), "--method", method]
-        assert baselines.main([*options, "--limit-test", "20", "--out", f"{runs}/{name}-1.json"]) == 0
-    text = render(out, [runs])
-    head, _, ke, whole, warm, after, _, *lines = rows_of(text)
+        path = runs / f"{name}-1.json"
+        assert baselines.main([*options, "--limit-test", "20", "--out", str(path)]) == 0
+        record = json.loads(path.read_text())
+        accuracy[title] = record["totals"]["test_accuracy"]
+        forgotten[title] = [f"{row['forgotten']['accuracy']:.1f}" for row in record["mega_batches"][:-1]]
+    head, _, *rows = rows_of(render(out, [runs]))
     assert head[:3] == ["Method", "mega-batches", "epochs"] and head[-1] == "Image passes"
-    assert [row[:3] for row in (ke, warm, whole)] == [
+    assert [row[:3] for row in rows[:4]] == [
         ["KE", "3", "1"],
-        ["Warm start", "3", "1"],
+        ["LURE by chance", "3", "1"],
         ["Warm start", "1", "3"],
+        ["Warm start", "3", "1"],
     ]
-    assert ke[-1] == warm[-1] == whole[-1] == str(3 * 108) and whole[5] != "–"  # compared with warm start
-    rows = json.loads((runs / "ke+generations-1.json").read_text())["mega_batches"]
+    assert {row[-1] for row in rows[:4]} == {str(3 * 108)} and rows[2][5] != "–"  # beside warm start's
+    others = ("LURE by chance", "One schedule")
+    assert rows[4] == ["Test accuracy", *(f"− {other}'s [95 %]" for other in others)]
+    assert rows[6:10] == [
+        [title, *("–" if o == title else f"{accuracy[title] - accuracy[o]:+.2f}" for o in others)]
+        for title in names
+    ]
+    after, _, *lines = rows[10:]
     assert after[1:] == ["after generation 1", "after generation 2"]
-    assert lines[0] == ["KE", *(f"{row['forgotten']['accuracy']:.1f}" for row in rows[:2])]
-    assert len(lines) == 2 and (tmp_path / "generations-digits.png").stat().st_size > 10_000
+    assert lines == [[title, *forgotten[title]] for title in names if forgotten[title]]
+    assert (tmp_path / "generations-digits.png").stat().st_size > 10_000
 
 
 def test_an_incomplete_report_renders_what_is_there_and_names_what_is_not(folder, tmp_path):
