@@ -81,7 +81,7 @@ def test_reports_are_what_their_runs_say(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     there = {path for scale in report.SCALES for path in (ROOT / "results" / scale).glob("*.md")}
     for scale in report.SCALES:
-        asked = tables.arguments(["all", "--scale", scale, "--data", "cifar10-jpeg"])
+        asked = tables.arguments(["all", "--scale", scale, "--data", "cifar10-jpeg", "--incomplete"])
         for name in asked.tables:
             committed = ROOT / asked.out / f"{name}.md"
             if not committed.exists():  # it has not been measured yet

@@ -303,14 +303,16 @@ def test_generations_train_on_one_data_set_as_long_in_one_schedule_as_in_many(ch
 def test_make_reports_shows_what_is_there_and_starts_nothing(checkout):
     runs = checkout / "out" / "cifar10-jpeg"
     runs.mkdir(parents=True)
-    shutil.copy(ROOT / "results" / "small" / "cifar10-jpeg" / "lure+replay=none-1.json", runs)
+    there = ["ke+generations-1.json", "lure+replay=none-1.json"]
+    for name in there:
+        shutil.copy(ROOT / "results" / "small" / "cifar10-jpeg" / name, runs)
     words = ["reports", "SCALE=small", "OUT=out", "DATA=cifar10-jpeg"]
     done = make(checkout, *words)
     assert done.returncode == 0, done.stderr
     assert "Not measured: `warm-start+replay=none-1`, " in (checkout / "out" / "table3.md").read_text()
     assert "nothing has been measured yet for table4" in done.stdout
-    assert sorted(path.name for path in (checkout / "out").glob("*.md")) == ["table3.md"]
-    assert [path.name for path in runs.iterdir()] == ["lure+replay=none-1.json"]
+    assert sorted(path.name for path in (checkout / "out").glob("*.md")) == ["generations.md", "table3.md"]
+    assert sorted(path.name for path in runs.iterdir()) == there
 
 
 @pytest.mark.parametrize(
