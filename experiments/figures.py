@@ -23,13 +23,24 @@ def by_method(rows: list[Row]) -> dict[str, list[Row]]:
 
 
 def anytime(figure, rows, published, others):
-    """By mega-batch; a run of one alone, a single long schedule, ends with the others."""
-    axes, longest = figure.subplots(), max(len(row.records[0]["mega_batches"]) for row in rows)
+    axes = figure.subplots()
     axes.set(xlabel="mega-batches seen", ylabel="test accuracy, %")
     for i, row in enumerate(rows):
-        n = len(row.records[0]["mega_batches"])
-        samples = [row.values("mega_batches", j, "test", "accuracy") for j in range(n)]
-        draw_line(axes, range(longest - n + 1, longest + 1), samples, i, label=row.label)
+        x = range(1, row.config["mega_batches"] + 1)
+        samples = [row.values("mega_batches", j - 1, "test", "accuracy") for j in x]
+        draw_line(axes, x, samples, i, label=row.label)
+
+
+def generations(figure, rows, published, others):
+    """By generation; across, where training in one schedule as long ends."""
+    alone = [row for row in rows if row.config["mega_batches"] == 1]
+    anytime(figure, [row._replace(named={}) for row in rows if row not in alone], published, others)
+    (axes,) = figure.axes
+    for row in alone:
+        x, ends = [1, max(r.config["mega_batches"] for r in rows)], row.values("totals", "test_accuracy")
+        draw_line(axes, x, [ends, ends], 0, label="One schedule", color="k")
+    axes.set_xlabel("generation")
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def corruption_bars(figure, rows, published, others):
@@ -166,5 +177,5 @@ FIGURES = {
     "figure5": weight_noise,
     "figure6": rates,
     "cost": cost,
-    "generations": anytime,
+    "generations": generations,
 }
