@@ -26,7 +26,7 @@ def anytime(figure, rows, published, others):
     axes = figure.subplots()
     axes.set(xlabel="mega-batches seen", ylabel="test accuracy, %")
     for i, row in enumerate(rows):
-        x = range(1, row.config["mega_batches"] + 1)
+        x = range(1, len(row.records[0]["mega_batches"]) + 1)
         samples = [row.values("mega_batches", j - 1, "test", "accuracy") for j in x]
         draw_line(axes, x, samples, i, label=row.label)
 
