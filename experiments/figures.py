@@ -32,7 +32,7 @@ def anytime(figure, rows, published, others):
 
 
 def generations(figure, rows, published, others):
-    """By generation; across, where training in one schedule as long ends."""
+    """By generation; the level line is where one schedule as long ends."""
     alone = [row for row in rows if row.config["mega_batches"] == 1]
     anytime(figure, [row._replace(named={}) for row in rows if row not in alone], published, others)
     (axes,) = figure.axes

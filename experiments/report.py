@@ -45,8 +45,6 @@ SUBJECTS = {
     "precision": "of training",
     "demo": "all methods",
 }
-
-
 CLAIMS = """| The paper's claim | where | tested | difference [95 %] | | intervals |
 | :--- | :--- | :--- | :--- | :--- | ---: |
 """

@@ -120,12 +120,12 @@ def forgotten_table(rows: list[Row]) -> str:
 
 
 def differences_table(rows: list[Row]) -> str:
-    """Markdown: the test accuracy minus that of one schedule as long, and minus that of LURE by chance."""
+    """Markdown: the test accuracy minus that of LURE by chance and of one schedule, where they are."""
 
     def name(row: Row) -> str:
         return "One schedule" if row.config["mega_batches"] == 1 else NAMES[row.method]
 
-    others = [row for row in rows if name(row) == "One schedule" or row.method == "random"]
+    others = [row for row in rows if name(row) in ("One schedule", NAMES["random"])]
     head, lines = ["Test accuracy", *(f"− {name(row)}'s [95 %]" for row in others)], []
     for row in rows:
         differences = [paired(row, o, "totals", "test_accuracy") if o is not row else [] for o in others]

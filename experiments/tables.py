@@ -175,7 +175,7 @@ def arguments(words: list[str]) -> argparse.Namespace:
     if asked.scale not in SCALES:
         parser.exit(2, f"SCALE: expected paper, small or narrow, not {asked.scale}\n")
     there = SCALES[asked.scale]
-    if asked.tables == ["all"]:  # of which the paper's are run
+    if asked.tables == ["all"]:  # but generations, not the paper's, is only rendered by it
         asked.tables = [name for name in there if asked.incomplete or name != "generations"]
     if unknown := [name for name in asked.tables if name not in there]:
         parser.exit(2, f"{unknown[0]}: SCALE={asked.scale} does not have it, only {', '.join(there)}\n")

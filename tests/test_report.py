@@ -463,7 +463,12 @@ def test_generations_are_reported_beside_one_schedule_and_right_after_each_forge
     after, _, *lines = rows[10:]
     assert after[1:] == ["after generation 1", "after generation 2"]
     assert lines == [[title, *forgotten[title]] for title in names if forgotten[title]]
-    assert (tmp_path / "generations-digits.png").stat().st_size > 10_000
+    figures.generations(figure := Figure(), load_rows(runs_of([runs])), [], [])
+    (axes,) = figure.axes
+    assert axes.get_xlabel() == "generation"
+    drawn = {c.get_label(): [*c.lines[0].get_ydata()] for c in axes.containers}
+    assert [*drawn] == ["KE", "LURE by chance", "Warm start", "One schedule"]
+    assert {label: y[-1] for label, y in drawn.items()} == accuracy and len(set(drawn["One schedule"])) == 1
 
 
 def test_an_incomplete_report_renders_what_is_there_and_names_what_is_not(folder, tmp_path):
