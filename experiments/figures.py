@@ -33,12 +33,12 @@ def anytime(figure, rows, published, others):
 
 def generations(figure, rows, published, others):
     """By generation; the level line is where one schedule as long ends."""
-    alone = [row for row in rows if row.config["mega_batches"] == 1]
-    anytime(figure, [row._replace(named={}) for row in rows if row not in alone], published, others)
+    anytime(figure, [row for row in rows if not row.in_one_schedule], published, others)
     (axes,) = figure.axes
-    for row in alone:
-        x, ends = [1, max(r.config["mega_batches"] for r in rows)], row.values("totals", "test_accuracy")
-        draw_line(axes, x, [ends, ends], 0, label="One schedule", color="k")
+    for row in rows:
+        if row.in_one_schedule:
+            x, ends = [1, max(r.config["mega_batches"] for r in rows)], row.values("totals", "test_accuracy")
+            draw_line(axes, x, [ends, ends], 0, label=row.label, color="k")
     axes.set_xlabel("generation")
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
 

@@ -110,10 +110,7 @@ def forgotten_table(rows: list[Row]) -> str:
     rows = [row for row in rows if row.values("mega_batches", 0, "forgotten", "accuracy")]
     times = range(max((len(row.records[0]["mega_batches"]) for row in rows), default=1) - 1)
     lines = [
-        [
-            NAMES[row.method],
-            *(spread(row.values("mega_batches", i, "forgotten", "accuracy"), 1) for i in times),
-        ]
+        [row.label, *(spread(row.values("mega_batches", i, "forgotten", "accuracy"), 1) for i in times)]
         for row in rows
     ]
     return markdown(["Right after forgetting, %", *(f"after generation {i + 1}" for i in times)], lines)
@@ -121,15 +118,11 @@ def forgotten_table(rows: list[Row]) -> str:
 
 def differences_table(rows: list[Row]) -> str:
     """Markdown: the test accuracy minus that of LURE by chance and of one schedule, where they are."""
-
-    def name(row: Row) -> str:
-        return "One schedule" if row.config["mega_batches"] == 1 else NAMES[row.method]
-
-    others = [row for row in rows if name(row) in ("One schedule", NAMES["random"])]
-    head, lines = ["Test accuracy", *(f"− {name(row)}'s [95 %]" for row in others)], []
+    others = [row for row in rows if row.method == "random" or row.in_one_schedule]
+    head, lines = ["Test accuracy", *(f"− {row.label}'s [95 %]" for row in others)], []
     for row in rows:
         differences = [paired(row, o, "totals", "test_accuracy") if o is not row else [] for o in others]
-        lines.append([name(row), *(with_interval(d) if d else "–" for d in differences)])
+        lines.append([row.label, *(with_interval(d) if d else "–" for d in differences)])
     return markdown(head, lines) if others else ""
 
 

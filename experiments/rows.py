@@ -52,8 +52,15 @@ class Row(NamedTuple):
         return self.records[0]["config"]
 
     @property
+    def in_one_schedule(self) -> bool:
+        """Whether it is what generations are compared with: a single one that is as long as all of them."""
+        return self.config["generations"] and self.config["mega_batches"] == 1
+
+    @property
     def label(self) -> str:
-        named = (k if v is True else f"{k} {v}" for k, v in self.named.items())
+        if self.in_one_schedule:
+            return "One schedule"
+        named = (k if v is True else f"{k} {v}" for k, v in self.named.items() if k != "generations")
         return ", ".join([NAMES[self.method], *named])
 
 
