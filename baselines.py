@@ -153,6 +153,26 @@ def random_(model, pi, upcoming, fresh, generator, keep=0.8) -> dict[str, Tensor
     return keep_top_(model, random_scores(model, generator), keep, generator)
 
 
+def released_(model, pi, upcoming, fresh, generator, keep=0.8) -> dict[str, Tensor]:
+    """LURE as the authors' released code redraws.
+
+    It ranks every parameter, biases and normalisation too. What scores at or below the threshold goes, ties
+    with it; of those, what is named `weight` is redrawn (normalisation's scales from U(−1, 1)), biases stay.
+    Returns the mask of what is named `weight`.
+    """
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    gradients = loss_gradient(model, [*parameters.values()], *pi)
+    scores = {
+        name: (p.detach() * g).abs() for (name, p), g in zip(parameters.items(), gradients, strict=True)
+    }
+    ranked = torch.cat([s.flatten() for s in scores.values()]).sort().values
+    redrawn = len(ranked) - max(1, round(keep * len(ranked)))
+    threshold = ranked[redrawn - 1] if redrawn else -1
+    mask = {name: s > threshold for name, s in scores.items() if name.endswith("weight")}
+    lure.reinitialize_(model, mask, generator)
+    return mask
+
+
 def fisher_information(model, images, labels, chunk=1) -> dict[str, Tensor]:
     """The squared gradient by the weight of the mean loss of `chunk` samples, averaged over all samples.
 
@@ -223,6 +243,7 @@ METHODS: dict[str, runs.Method] = {
     "fisher": fisher_,
     "magnitude": magnitude_,
     "random": random_,
+    "released": released_,
 }
 
 

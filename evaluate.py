@@ -133,11 +133,14 @@ def weight_noise_accuracy(model, images, labels, sigmas, repeats=3, generator=No
     return [statistics.fmean(noisy(sigma) for _ in range(repeats)) for sigma in sigmas]
 
 
-def redrawing_accuracy(model, pi, images, labels, shares, generator) -> dict[str, dict[float, float]]:
+def redrawing_accuracy(
+    model, pi, images, labels, shares, generator, sample=None
+) -> dict[str, dict[float, float]]:
     """Criterion of Table 8 → share of the weights → accuracy in percent right after redrawing it.
 
     `pi`: images (N, C, H, W) float in [0, 1] and labels (N,) int64 to score the weights by; `images` and
-    `labels` to measure on; `shares` in (0, 1). The parameters are put back bit by bit.
+    `labels` to measure on; `shares` in (0, 1). The parameters are put back bit by bit. With a `sample` of
+    images, batch normalisation's running statistics are taken anew from it before each measurement.
     """
     scores = {
         "lure": lure.connection_sensitivity(model, *pi),
@@ -149,7 +152,8 @@ def redrawing_accuracy(model, pi, images, labels, shares, generator) -> dict[str
     for criterion, share in product(scores, shares):
         with restored(model):
             lure.reinitialize_(model, lure.top_k_mask(scores[criterion], 1 - share), generator)
-            result[criterion][share] = accuracy(model, images, labels)
+            redrawn = model if sample is None else runs.reestimated(model, sample)
+            result[criterion][share] = accuracy(redrawn, images, labels)
     return result
 
 
@@ -227,7 +231,13 @@ def clean_metrics(model, data: Dataset, config: runs.Config, sigmas) -> dict:
     result["weight_noise"] = {f"{s:g}": a for s, a in zip(sigmas, noisy, strict=True)}
     drawn = torch.randperm(len(train_y), generator=generator)[:1125]  # as many as the protocol's π
     pi = train_x[drawn], train_y[drawn]
+    draws = generator.get_state()
     result["redrawing"] = redrawing_accuracy(model, pi, test_x, test_y, SHARES, generator)
+    sample, _ = data.samples(stream[-1].new[:1000])
+    generator.set_state(draws)  # so that the same weights are redrawn
+    anew = redrawing_accuracy(model, pi, test_x, test_y, SHARES, generator, sample)
+    result["redrawing_reestimated"] = anew
+    result["accuracy_reestimated"] = accuracy(runs.reestimated(model, sample), test_x, test_y)
     return result
 
 

@@ -60,6 +60,7 @@ def provenance(command: list[str], device: torch.device, data: Dataset) -> dict:
         versions=dict(torch=str(torch.__version__), torchvision=torchvision.__version__),
         python=platform.python_version(),
         device=processor if device.type == "cpu" else torch.cuda.get_device_name(device),
+        instruction_set=torch.backends.cpu.get_cpu_capability(),
         threads=torch.get_num_threads(),
         processes=WORLD,
     )

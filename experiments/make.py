@@ -20,7 +20,10 @@ def where(dataset: str, asked: argparse.Namespace) -> tuple[str, str]:
     by_name = dataset in KNOWN and (asked.datasets or named)
     if dataset == "restricted-imagenet" and by_name:
         return dataset, asked.imagenet or "IMAGENET"
-    return (dataset, asked.data or "data") if by_name else ("folder", asked.data or "DATA")
+    if by_name:
+        return dataset, asked.data or "data"
+    folder = asked.data or "DATA"
+    return "folder", f"{folder}/{dataset}" if asked.scale == "narrow" else folder
 
 
 def command(run: Run, asked: argparse.Namespace) -> str:
@@ -48,7 +51,8 @@ def needed(runs: dict, missing: list[str], asked: argparse.Namespace) -> list[st
     coming = {d: where(d, asked) for d in dict.fromkeys(run.dataset for run in runs)}
     lack = []
     if not asked.data and "folder" in (name for name, _ in coming.values()):
-        lack.append("DATA: expected DATA=<folder with train/<class>/ and test/<class>/ of images>")
+        each = f" with {', '.join(coming)}, each" if asked.scale == "narrow" else ""
+        lack.append(f"DATA: expected DATA=<folder{each} with train/<class>/ and test/<class>/ of images>")
     if not asked.imagenet and "restricted-imagenet" in (name for name, _ in coming.values()):
         lack.append("IMAGENET: expected IMAGENET=<folder with train/ and val/>")
     if not asked.cifar10c and any(path.endswith(".corruptions.json") for path in missing):

@@ -22,6 +22,7 @@ from experiments.rows import Row, load_rows, split_measured
 RESULTS = Path(__file__).parent.parent / "results"
 SCALES = ("paper", "narrow", "small", "precision")  # its folders, in the overview's order
 TITLES = {"cifar10": "CIFAR-10", "cifar10-jpeg": "CIFAR-10 (JPEG copy)", "cifar100": "CIFAR-100"}
+TITLES |= {"cifar10-lossless": "CIFAR-10", "cifar100-lossless": "CIFAR-100"}
 TITLES |= {"restricted-imagenet": "Restricted ImageNet", "digits": "Digits"}
 SUBJECTS = {
     "table1": "full replay",

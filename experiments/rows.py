@@ -15,8 +15,12 @@ NAMES = {method: method for method in METHODS}
 NAMES |= {"warm-start": "Warm start", "sp": "S&P", "llf": "LLF", "lure": "LURE", "scratch": "Scratch"}
 NAMES |= {"rifle": "RIFLE", "ke": "KE", "dash": "DASH", "fire": "FIRE"}
 NAMES |= {"fisher": "LURE by Fisher", "magnitude": "LURE by magnitude", "random": "LURE by chance"}
+NAMES |= {"released": "LURE as released"}
 MEASURED = {
-    ".metrics.json": ("ece", "reliability", "weight_noise", "redrawing"),
+    ".metrics.json": (
+        *("ece", "reliability", "weight_noise", "redrawing"),
+        *("redrawing_reestimated", "accuracy_reestimated"),
+    ),
     ".attack.json": ("pgd",),
     ".corruptions.json": ("corruptions", "images_per_severity"),
 }

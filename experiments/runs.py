@@ -1,17 +1,19 @@
 """A run as a file: its record with where it comes from, and its state to go on from."""
 
+import copy
 import glob
 import inspect
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
 import lure
 from experiments.data import DATASETS, DataError, load_dataset
@@ -61,10 +63,11 @@ def recorded(config: Config, forget: Method) -> dict:
     stem, of = f"{Path(c.out).stem} mega-batch".lstrip(), f"of {c.mega_batches}"
     data, stream = draw_stream(c, data.to(device))
     found: dict = {}
+    observing = observed(forget, data, iter(stream[len(rows) :]), found)
     try:
-        for state in lure.run(c, data, observed(forget, data, found), stream, earlier):
+        for state in lure.run(c, data, observing, stream, earlier):
             rows = state["mega_batches"]
-            rows[-1] |= dict(redrawn=None, redrawn_by_tensor=None, forgotten=None) | found
+            rows[-1] |= dict(redrawn=None, redrawn_by_tensor=None, forgotten=None, reestimated=None) | found
             found.clear()
             if RANK == 0:
                 accuracy = f"{rows[-1]['test']['accuracy']:.2f} % of the test set"
@@ -83,20 +86,48 @@ def recorded(config: Config, forget: Method) -> dict:
     return record
 
 
-def observed(forget: Method, data: Dataset, found: dict) -> Method:
-    """The method, which also notes what it redraws and how good the network is right after."""
+def observed(forget: Method, data: Dataset, learned: Iterator[MegaBatch], found: dict) -> Method:
+    """The method, which also notes what it redraws and how good the network is right after.
+
+    That is noted with batch normalisation's running statistics as they are, and with new ones of the first
+    1000 samples of the mega-batch just learned: the old ones are of weights that are no more. `learned`
+    yields that mega-batch at each call. The network is not touched.
+    """
+
+    def look(model):
+        seen = lure.evaluate(model, data.test_images, data.test_labels)
+        return {key: seen[key] for key in ("accuracy", "loss")}
 
     def forget_and_look(model, *between):
+        sample, _ = data.samples(next(learned).new[:1000])
+        before = look(reestimated(model, sample))
         mask = forget(model, *between)
         if mask is not None:
             redrawn = {name: (~m).flatten().double() for name, m in mask.items()}
             found["redrawn"] = torch.cat([*redrawn.values()]).mean().item()
             found["redrawn_by_tensor"] = {name: r.mean().item() for name, r in redrawn.items()}
-        forgotten = lure.evaluate(model, data.test_images, data.test_labels)
-        found["forgotten"] = {key: forgotten[key] for key in ("accuracy", "loss")}
+        found["forgotten"] = look(model)
+        found["reestimated"] = {"before": before, "after": look(reestimated(model, sample))}
         return mask
 
     return forget_and_look
+
+
+def reestimated(model: nn.Module, images: Tensor, chunk: int = 125) -> nn.Module:
+    """A copy, in evaluation mode, whose batch normalisation has the running statistics of `images` alone.
+
+    They are the mean of those of chunks, in order. `images`: float (N, C, H, W), as the model takes them.
+    """
+    model = copy.deepcopy(model).eval()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.reset_running_stats()
+            module.momentum = None  # a cumulative mean
+            module.train()
+    with torch.no_grad():
+        for part in images.split(chunk):
+            model(part)
+    return model.eval()
 
 
 def loaded_once(config: Config) -> Dataset:
@@ -140,7 +171,7 @@ FORMAT = 1  # of both
 DEFAULTS = {f.name: f.default for f in fields(Config)}  # for options that an old record lacks
 PATHS = {"data", "cache", "out", "checkpoint", "device"}  # where things are: no two runs differ by these
 # Beside configuration and data, what has to be as it was for a run to be continued to the same result.
-ALL_THE_SAME = ("format", "git_commit", "versions", "processes", "device")
+ALL_THE_SAME = ("format", "git_commit", "versions", "processes", "device", "instruction_set")
 
 
 def read_earlier(path: str, read, run: dict, keys=()) -> dict | None:

@@ -1,7 +1,8 @@
 """The paper's tables and figures as data, at every scale.
 
-A table is a list of rows, "METHOD OPTION=VALUE ...": a method of baselines.py and what differs from the
-options of the scale. A run is a file, OUT/DATASET/ROW-SEED.json; tables with the same row share it.
+A table is a list of parts, and a part a list of rows, "METHOD OPTION=VALUE ...": a method of baselines.py
+and what differs from the options of the scale. A run is a file, OUT/DATASET/ROW-SEED.json; tables with the
+same row share it.
 """
 
 import argparse
@@ -10,15 +11,30 @@ from pathlib import Path
 from typing import NamedTuple
 
 
-class Table(NamedTuple):
+class Part(NamedTuple):
+    """Of a table: rows, the seeds of each, and the data set that they are for."""
+
     methods: tuple = ()  # each of them, or of those asked for,
     options: tuple = ("",)  # with each of these
     besides: tuple = ()  # and these rows
-    also: str = ""  # and what this table has
+    seeds: str = "123"
+    dataset: str = ""  # a folder in DATA=; without: whatever data set the table is asked for
+    also: str = ""  # and the runs of this table
+
+    @property
+    def rows(self) -> list[str]:
+        return [*joined(self.methods, self.options), *self.besides]
+
+
+def joined(methods, options) -> list[str]:
+    return [f"{method} {more}".strip() for more in options for method in methods]
 
 
 def with_each(options: str, more: tuple) -> tuple:
     return tuple(f"{options} {o}".strip() for o in more)
+
+
+Tables = dict[str, tuple[Part, ...]]
 
 
 PAPER = ("warm-start", "llf", "sp", "lure")
@@ -33,29 +49,30 @@ NOISE = ("", "label-noise=0.2", "label-noise=0.4")
 FORGETTERS = ("warm-start", "ke", "rifle", "llf", "sp", "lure", "random", "dash", "fire", "scratch")
 
 
-def scale(four, buffer: str, long, shots, archs, rates, epochs, besides, compared, whole: str) -> dict:
-    """All tables; those in which 8 mega-batches are not needed have `four`."""
-    metrics = Table(COMPARED)
-    return {
-        "table1": Table(COMPARED, besides=besides),
-        "table2": Table(COMPARED, (buffer,)),
-        "table3": Table(COMPARED, ("replay=none",)),
-        "table4": Table(PAPER, long),
-        "table5": Table(PAPER, shots),
-        "table6": Table(compared, archs),
-        "table7": Table(besides=SHARES),
-        "table8": Table(CRITERIA, (four,)),
-        "table9": Table(PAPER, with_each(four, NOISE)),
+def scale(four, buffer: str, long, shots, archs, rates, epochs, besides, compared, whole: str) -> Tables:
+    """All tables, of one part each; those in which 8 mega-batches are not needed have `four`."""
+    metrics = Part(COMPARED)
+    tables = {
+        "table1": Part(COMPARED, besides=besides),
+        "table2": Part(COMPARED, (buffer,)),
+        "table3": Part(COMPARED, ("replay=none",)),
+        "table4": Part(PAPER, long),
+        "table5": Part(PAPER, shots),
+        "table6": Part(compared, archs),
+        "table7": Part(besides=SHARES),
+        "table8": Part(CRITERIA, (four,)),
+        "table9": Part(PAPER, with_each(four, NOISE)),
         "figure2": metrics,
         "figure3": metrics._replace(also="table9"),
         "figure4": metrics,
         "figure5": metrics,
-        "figure6": Table(compared, with_each(four, rates)),
-        "where-from": Table(("warm-start", "lure", "random", "scratch"), with_each(four, RECIPES)),
-        "cost": Table(("warm-start", "lure", "sp", "scratch"), with_each(four, epochs)),
-        "forgetting": Table(COMPARED, besides=("fisher", "magnitude", "random")),
-        "generations": Table(FORGETTERS, ("generations",), besides=(f"warm-start generations {whole}",)),
+        "figure6": Part(compared, with_each(four, rates)),
+        "where-from": Part(("warm-start", "lure", "random", "scratch"), with_each(four, RECIPES)),
+        "cost": Part(("warm-start", "lure", "sp", "scratch"), with_each(four, epochs)),
+        "forgetting": Part(COMPARED, besides=("fisher", "magnitude", "random")),
+        "generations": Part(FORGETTERS, ("generations",), besides=(f"warm-start generations {whole}",)),
     }
+    return {name: (part,) for name, part in tables.items()}
 
 
 # The paper's grid of rates is not printed, but for the rate 0.005 with the decay 0.001.
@@ -88,19 +105,42 @@ SMALL = scale(
     compared=("warm-start", "lure"),
     whole="mega-batches=1 epochs=400",
 )  # fmt: skip
-# The paper's protocol but for the width of the network. A run takes an hour, so those that decide come first.
-SIX = ("warm-start", "warm-start gamma=1", "lure", "llf", "sp", "scratch")
-NONE = Table((*SIX, "lure gamma=1", "random", "rifle", "dash", "fire"), ("replay=none",))
-NARROW = {
-    "table3": NONE,
-    "table1": Table(("warm-start", "lure", "warm-start gamma=1", "scratch")),
-    "table2": Table(SIX, ("replay=buffer",)),
-    "where-from": Table(("warm-start", "warm-start gamma=1", "lure", "lure gamma=1"), ("replay=none",)),
-    **dict.fromkeys(("forgetting", "figure2", "figure3", "figure4", "figure5"), NONE),
+for name in ("table4", "table6", "figure6", "cost"):
+    SMALL[name] = (SMALL[name][0]._replace(seeds="1"),)
+
+# The paper's protocol but for the width of the network; a run takes one to three hours. RELEASED: the
+# baseline and LURE as the authors' code trains them, and that baseline with LURE's schedule.
+HOW = "select=best-val keep-momentum"
+RELEASED = (f"warm-start gamma=1 {HOW}", f"warm-start {HOW}", f"released {HOW} pi=next pi-fraction=0.0178")
+JPEG = Part(options=("replay=none",), dataset="cifar10-jpeg")
+CIFAR100 = Part(options=("replay=none",), dataset="cifar100-lossless")
+FULL = Part(("warm-start", "lure", "scratch"), dataset="cifar10-lossless")
+WITH_METRICS = (JPEG._replace(methods=("warm-start", "warm-start gamma=1", "lure")), FULL)
+UNSEEN = JPEG._replace(methods=("warm-start", "lure"), seeds="4567")
+NONE = (
+    JPEG._replace(methods=("warm-start", "warm-start gamma=1", "lure", "llf", "sp", "scratch")),
+    JPEG._replace(methods=("lure gamma=1", *RELEASED)),
+    UNSEEN,
+    JPEG._replace(methods=("llf", "sp"), seeds="45"),
+)
+NARROW: Tables = {
+    "table1": (FULL,),
+    "table3": (*NONE, CIFAR100._replace(methods=("warm-start", "warm-start gamma=1", "lure"))),
+    "where-from": (
+        JPEG._replace(methods=("warm-start", "warm-start gamma=1", "lure", "lure gamma=1", *RELEASED)),
+    ),
+    "forgetting": (*NONE, FULL),
+    "figure2": WITH_METRICS,
+    "figure3": WITH_METRICS,
+    "figure4": (*WITH_METRICS, UNSEEN._replace(methods=("lure",))),
+    "figure5": (*WITH_METRICS, UNSEEN._replace(methods=("lure",))),
 }
 SCALES = {"paper": PAPERS, "small": SMALL, "narrow": NARROW}
-SCALES |= {"demo": {"demo": Table(COMPARED), "forgetting": PAPERS["forgetting"]}}
-SCALES |= {"precision": {"precision": Table(besides=("warm-start", "warm-start precision=float32"))}}
+SCALES["demo"] = {
+    "demo": (Part(COMPARED, seeds="1"),),
+    "forgetting": (PAPERS["forgetting"][0]._replace(seeds="1"),),
+}
+SCALES["precision"] = {"precision": (Part(besides=("warm-start", "warm-start precision=float32")),)}
 BASE = {
     "paper": "",
     "small": "arch=small precision=bfloat16 limit=2272 limit-test=2000 epochs=10",
@@ -113,8 +153,6 @@ GENERATIONS = {
     "paper": "replay=none mega-batches=11 epochs=200 image-size=64",
     "small": "replay=none arch=small precision=float32 shots=100 mega-batches=10 epochs=40",
 }
-ONE_SEED = {("small", "table4"), ("small", "table6"), ("small", "figure6"), ("small", "cost")}
-ONE_SEED |= {("demo", "demo"), ("demo", "forgetting")}
 KNOWN = ("digits", "cifar10", "cifar100", "restricted-imagenet")  # any other data set is a folder
 
 
@@ -130,26 +168,53 @@ class Run(NamedTuple):
 
 def planned(name: str, asked: argparse.Namespace) -> list[Run]:
     """The runs of a table, and of the one that it also has."""
-    also = SCALES[asked.scale][name].also
+    also = SCALES[asked.scale][name][0].also
     return own(name, asked) + (own(also, asked) if also else [])
 
 
 def own(name: str, asked: argparse.Namespace) -> list[Run]:
     """The runs of a table itself, seed by seed, each row for each data set before the next seed."""
-    table = SCALES[asked.scale][name]
+    runs = []
+    for dataset in datasets(name, asked):
+        parts = parts_of(name, dataset, asked)
+        for row in rows_of(parts, asked):
+            seeds = [seed for part in parts if row in part.rows for seed in part.seeds]
+            runs += [Run(row, dataset, seed) for seed in asked.seeds or seeds or parts[0].seeds]
+    order = asked.seeds or sorted({run.seed for run in runs})
+    return sorted(runs, key=lambda run: order.index(run.seed))
+
+
+def rows_of(parts: list[Part], asked: argparse.Namespace) -> list[str]:
+    """Those of the parts, each once; of asked methods the rows that these would have there."""
     methods = [method.replace("+", " ") for method in asked.methods]
-    if table.methods:
-        rows = [f"{m} {o}".strip() for o in table.options for m in methods or table.methods]
-        rows += () if methods else table.besides
-    else:
-        rows = [row for row in table.besides if not methods or row.split()[0] in methods]
-    seeds = asked.seeds or (["1"] if (asked.scale, name) in ONE_SEED else ["1", "2", "3"])
-    return [Run(row, d, seed) for seed in seeds for d in datasets(name, asked) for row in rows]
+    rows: list[str] = []
+    for part in parts:
+        if not methods:
+            rows += part.rows
+        elif part.methods:
+            rows += joined(methods, part.options)
+        else:
+            rows += [row for row in part.besides if row.split()[0] in methods]
+    return [*dict.fromkeys(rows)]
+
+
+def parts_of(name: str, dataset: str, asked: argparse.Namespace) -> list[Part]:
+    """The parts of a table for a data set: those that name it or a copy of it, else those of the first."""
+    parts = SCALES[asked.scale][name]
+    for fits in (
+        lambda part: part.dataset == dataset,
+        lambda part: part.dataset.split("-")[0] == dataset,
+    ):
+        if found := [part for part in parts if fits(part)]:
+            return found
+    return [part for part in parts if part.dataset == parts[0].dataset]
 
 
 def datasets(name: str, asked: argparse.Namespace) -> list[str]:
     if asked.datasets:
         return asked.datasets
+    if named := [part.dataset for part in SCALES[asked.scale][name] if part.dataset]:
+        return [*dict.fromkeys(named)]
     if asked.scale != "paper" or name == "generations":
         return ["digits"] if asked.scale == "demo" else [Path(asked.data or "DATA").resolve().name]
     if name in ("table1", "table2", "table3"):

@@ -111,7 +111,7 @@ def test_the_rows_tell_what_share_was_redrawn(keep):
     assert shares.keys() == sizes.keys()
     redrawn = sum(share * sizes[name] for name, share in shares.items())
     assert redrawn == pytest.approx(rows[0]["redrawn"] * connections)
-    assert rows[1]["redrawn"] is rows[1]["redrawn_by_tensor"] is rows[1]["forgotten"] is None
+    assert {rows[1][key] for key in ("redrawn", "redrawn_by_tensor", "forgotten", "reestimated")} == {None}
 
 
 def test_what_is_forgotten_is_measured_right_after_forgetting():
