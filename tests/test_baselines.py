@@ -389,6 +389,34 @@ def test_random_keeps_a_share_by_the_generator_alone(seed, keep, other):
     assert other == seed or not 0.1 < keep < 0.9 or not same(mask, different)
 
 
+@examples(15)
+@given(seeds, st.sampled_from([0.001, 0.3, 0.8, 0.95, 1.0]), st.booleans())
+def test_released_redraws_what_is_named_weight_of_all_that_scores_at_the_threshold_or_below(seed, keep, dead):
+    model, (images, labels) = net(seed), batch(seed)
+    if dead:  # ties: more exact zeros than are to be redrawn, at keep of 0.95 and 1.0
+        model[6].weight.data.zero_()
+    before = state(model)
+    model.eval()
+    nn.functional.cross_entropy(model(images), labels).backward()
+    scores = {name: (p * p.grad).abs().detach() for name, p in model.named_parameters()}
+    flat = torch.cat([s.flatten() for s in scores.values()])
+    model.zero_grad()
+    mask = apply(baselines.released_, model.train(), (images, labels), keep=keep, seed=seed)
+    assert mask.keys() == {name for name in scores if name.endswith("weight")} and "1.weight" in mask
+    number = len(flat) - max(1, round(keep * len(flat)))
+    threshold = flat.sort().values[number - 1] if number else -math.inf
+    for name, s in scores.items():
+        p = model.get_parameter(name)
+        if name in mask:
+            assert torch.equal(mask[name], s > threshold)
+            bound = 1 if p.ndim == 1 else p[0].numel() ** -0.5
+            assert (p[~mask[name]].abs() <= bound).all()
+            assert torch.equal(p == before[name], mask[name])
+        else:
+            assert torch.equal(p, before[name])  # biases stay
+    assert model.training and all(p.grad is None for p in model.parameters())
+
+
 def test_random_keeps_every_weight_equally_often():
     kept = sum(
         torch.cat([m.flatten() for m in apply(baselines.random_, net(1), seed=s, keep=0.7).values()]).double()

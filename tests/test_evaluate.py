@@ -343,6 +343,18 @@ def test_redrawing_accuracy_is_that_of_the_methods_and_the_model_is_put_back():
             model.load_state_dict(before)
 
 
+def test_redrawing_accuracy_is_also_measured_with_statistics_taken_anew():
+    model, (images, labels) = network(1).eval(), pictures(60)
+    before = state(model)
+    pi, test, shares = (images[:30], labels[:30]), (images[30:], labels[30:]), [0.1, 0.9]
+    found = evaluate.redrawing_accuracy(model, pi, *test, shares, seeded(7), sample=images[:20])
+    assert same(state(model), before)
+    generator = seeded(7)
+    baselines.random_scores(model, generator)  # the first to be drawn
+    baselines.METHODS["lure"](model, pi, None, None, generator, keep=0.9)
+    assert found["lure"][0.1] == evaluate.accuracy(runs.reestimated(model, images[:20]), *test)
+
+
 def test_weight_noise_is_measured_on_what_was_trained_on_and_pi_is_drawn_from_it(folder, monkeypatch):
     calls = {}
     for name in ("weight_noise_accuracy", "redrawing_accuracy"):

@@ -1,6 +1,7 @@
 """Runs as files: records, states to go on from, refusals in one line, any command line, numbers that stay."""
 
 import contextlib
+import copy
 import hashlib
 import io
 import json
@@ -25,6 +26,7 @@ from hypothesis import Phase, example, given
 from hypothesis import strategies as st
 from PIL import Image
 from test_data import contents
+from torch import nn
 
 import baselines
 import lure
@@ -127,6 +129,45 @@ def test_what_is_forgotten_is_measured_right_after_forgetting():
     for row in rows[:2]:
         assert row["redrawn"] is row["redrawn_by_tensor"] is None
         assert row["forgotten"]["loss"] != row["test"]["loss"]
+
+
+def test_around_forgetting_the_accuracy_is_also_measured_with_statistics_taken_anew(tmp_path, monkeypatch):
+    networks, data = [], small_data()
+
+    def forget(model, *between):
+        networks.append(copy.deepcopy(model))
+        baselines.shrink_and_perturb_(model, *between)
+        networks.append(copy.deepcopy(model))
+
+    config = baselines.Config(**SMALL_CONFIG | dict(mega_batches=3, out=str(tmp_path / "x.json")))
+    _, stream = lure.draw_stream(config, data)
+    reestimated, sampled = runs.reestimated, []
+    monkeypatch.setattr(
+        runs, "reestimated", lambda model, images: sampled.append(images) or reestimated(model, images)
+    )
+    rows = runs.recorded(config, forget)["mega_batches"]
+    assert len(networks) == len(sampled) == 4 and rows[2]["reestimated"] is None
+    for i, (network, when) in enumerate(zip(networks, ("before", "after") * 2, strict=True)):
+        images, _ = data.samples(stream[i // 2].new[:1000])
+        assert torch.equal(sampled[i], images)
+        found = lure.evaluate(reestimated(network, images), data.test_images, data.test_labels)
+        assert rows[i // 2]["reestimated"][when] == {key: found[key] for key in ("accuracy", "loss")}
+
+
+def test_statistics_taken_anew_are_the_mean_over_chunks_of_a_network_that_stays_as_it_was():
+    model = (
+        nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3, momentum=0.7), nn.Dropout(0.5)).double().train()
+    )
+    model[1].running_mean.fill_(5)
+    images = torch.rand(7, 1, 4, 4, dtype=torch.float64)
+    before, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    again = runs.reestimated(model, images, chunk=3)
+    assert model.training and not any(m.training for m in again.modules())
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random) and model[1].momentum == 0.7
+    outputs = [model[0](part) for part in images.split(3)]
+    for found, statistic in ((again[1].running_mean, torch.mean), (again[1].running_var, torch.var)):
+        torch.testing.assert_close(found, torch.stack([statistic(o, (0, 2, 3)) for o in outputs]).mean(0))
 
 
 @pytest.mark.parametrize("replay", ["full", "none"])
@@ -433,6 +474,7 @@ SPOILT = {
     "another device": (changed("device", "abacus"), "its device abacus, not"),
     "another precision": (changed("precision", "int8"), "precision int8, not"),
     "other processes": (changed("processes", 2), "its processes 2, not 1"),
+    "other instructions": (changed("instruction_set", "SSE"), "its instruction_set SSE, not"),
     "nonsense": (changed("config", {"epochs": torch.zeros(2)}), "expected what"),
     "other data": (changed("data", {"train": 9, "test": 9}), "train 9, not 120, test 9, not 60, sha256 None"),
 }

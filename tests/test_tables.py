@@ -264,26 +264,51 @@ def test_the_small_scale_and_what_narrows_a_table(checkout):
 
 def test_the_narrow_scale_runs_the_papers_protocol_with_a_narrow_network(checkout):
     def rows(target, *words):
-        runs, _ = planned(checkout, target, "SCALE=narrow", "DATA=photos/cifar10-jpeg", *words)
-        protocol = "--dataset folder --data photos/cifar10-jpeg --arch small --precision float32 --method "
-        assert all(protocol in line for line in runs.values())
-        assert {"--limit", "--epochs", "--mega-batches"} & set(" ".join(runs.values()).split()) == set()
-        seeds = [re.fullmatch(r"results/narrow/cifar10-jpeg/(.*)-(\d).json", file).groups() for file in runs]
-        each = [name for name, seed in seeds if seed == "1"]
-        assert seeds == [(name, seed) for seed in "123" for name in each]
-        return [name.replace("+replay=none", "") for name in each]
+        """Data set → row → seeds, in the order of the runs."""
+        runs, _ = planned(checkout, target, "SCALE=narrow", "DATA=photos", *words)
+        found = {}
+        for file, line in runs.items():
+            dataset, row, seed = re.fullmatch(r"results/narrow/(.*)/(.*)-(\d).json", file).groups()
+            protocol = f"--dataset folder --data photos/{dataset} --arch small --precision float32 --method "
+            assert protocol in line and not {"--limit", "--epochs", "--mega-batches"} & {*line.split()}
+            of = found.setdefault(dataset, {})
+            row = row.replace("+replay=none", "")
+            of[row] = of.get(row, "") + seed
+        return found
 
+    how = "+select=best-val+keep-momentum"
+    released = ["warm-start+gamma=1" + how, "warm-start" + how, f"released{how}+pi=next+pi-fraction=0.0178"]
     six = ["warm-start", "warm-start+gamma=1", "lure", "llf", "sp", "scratch"]
-    table3 = [*six, "lure+gamma=1", "random", "rifle", "dash", "fire"]
-    assert rows("reproduce-table3") == table3
-    assert rows("reproduce-table1") == ["warm-start", "lure", "warm-start+gamma=1", "scratch"]
-    assert rows("reproduce-table2") == [f"{name}+replay=buffer" for name in six]
-    assert rows("where-from") == ["warm-start", "warm-start+gamma=1", "lure", "lure+gamma=1"]
-    for target in ("forgetting", *(f"reproduce-figure{i}" for i in (2, 3, 4, 5))):
-        assert rows(target) == table3
-    first, _ = planned(checkout, "reproduce-table3", "SCALE=narrow", "METHODS=warm-start+gamma=1", "SEEDS=2")
-    assert [*first] == ["results/narrow/DATA/warm-start+gamma=1+replay=none-2.json"]
-    assert len(planned(checkout, "reproduce", "SCALE=narrow", "DATA=x")[0]) == 33 + 12 + 18
+    jpeg = dict.fromkeys([*six, "lure+gamma=1", *released], "123")
+    jpeg |= {"warm-start": "1234567", "lure": "1234567", "llf": "12345", "sp": "12345"}
+    cifar100 = dict.fromkeys(["warm-start", "warm-start+gamma=1", "lure"], "123")
+    full = dict.fromkeys(["warm-start", "lure", "scratch"], "123")
+    assert rows("reproduce-table3") == {"cifar10-jpeg": jpeg, "cifar100-lossless": cifar100}
+    assert rows("reproduce-table1") == {"cifar10-lossless": full}
+    four = ["warm-start", "warm-start+gamma=1", "lure", "lure+gamma=1"]
+    assert rows("where-from") == {"cifar10-jpeg": dict.fromkeys([*four, *released], "123")}
+    assert rows("forgetting") == {"cifar10-jpeg": jpeg, "cifar10-lossless": full}
+    for figure, seeds in (("2", "123"), ("3", "123"), ("4", "1234567"), ("5", "1234567")):
+        measured = {"warm-start": "123", "warm-start+gamma=1": "123", "lure": seeds}
+        expected = {"cifar10-jpeg": measured, "cifar10-lossless": full}
+        assert rows(f"reproduce-figure{figure}", "CIFAR10C=c") == expected
+    assert len(planned(checkout, "reproduce", "SCALE=narrow", "DATA=x")[0]) == 42 + 9 + 9
+
+
+def test_the_narrow_scale_is_narrowed_by_data_set_method_and_seed(checkout):
+    def files(*words):
+        return [*planned(checkout, words[0], "SCALE=narrow", *words[1:])[0]]
+
+    first = files("reproduce-table3", "DATASETS=cifar10-jpeg", "METHODS=warm-start+gamma=1", "SEEDS=2")
+    assert first == ["results/narrow/cifar10-jpeg/warm-start+gamma=1+replay=none-2.json"]
+    other = files("reproduce-table1", "METHODS=warm-start+gamma=1", "SEEDS=1")  # a row that is not planned
+    assert other == ["results/narrow/cifar10-lossless/warm-start+gamma=1-1.json"]
+    unseen = files("reproduce-table3", "METHODS=lure", "DATASETS=cifar10-jpeg")
+    assert [file[-6] for file in unseen] == [*"1234567"]
+    runs, _ = planned(checkout, "reproduce-table3", "SCALE=narrow", "DATASETS=cifar100")
+    assert len(runs) == 9 and all("--dataset cifar100 --data data " in line for line in runs.values())
+    own, _ = planned(checkout, "reproduce-table1", "SCALE=narrow", "DATASETS=photos", "DATA=x", "SEEDS=1")
+    assert len(own) == 3 and all("--dataset folder --data x/photos " in line for line in own.values())
 
 
 def test_generations_train_on_one_data_set_as_long_in_one_schedule_as_in_many(checkout):
@@ -324,7 +349,7 @@ def test_make_reports_shows_what_is_there_and_starts_nothing(checkout):
         (["reproduce-figure2", "DATASETS=digits"], "CIFAR10C: expected CIFAR10C=<folder of CIFAR-10-C>"),
         (
             ["reproduce-table4", "SCALE=narrow"],
-            "table4: SCALE=narrow does not have it, only table3",
+            "table4: SCALE=narrow does not have it, only table1, table3, where-from",
         ),
         (["reproduce-table1", "SCALE=large"], "SCALE: expected paper, small or narrow"),
     ],
