@@ -120,6 +120,8 @@ def knowledge_evolution_(model, pi, upcoming, fresh, generator, split=0.8) -> di
     KELS, which is a function of the shapes alone, so that nothing has to be remembered: it keeps the kernels
     from the first ⌈split · in⌉ inputs to the first ⌈split · out⌉ outputs of a convolution, from all inputs of
     the first one, to all outputs of the classifier. (WELS would keep weights drawn at random, once for all.)
+    The others are redrawn as a fresh network's; both released codes draw from U(−1/√fan_in, 1/√fan_in), whose
+    deviation is smaller, up to 2.4 times. Returns the mask, True where a weight was kept.
     """
     layers = [(n, m.weight) for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     mask = {}

@@ -1,69 +1,84 @@
-"""Differences between rows, their 95 % intervals, and what becomes of the paper's claims by them."""
+"""What becomes of claims: of the two comparisons that were named before their runs, and of the paper's.
+
+Enters: rows, of rows.py, and for the paper's claims those of results/paper.json. Leaves: cells of tables.
+"""
 
 import statistics
 from itertools import compress, product
 from typing import NamedTuple
 
+from experiments.differences import bounds, interval, paired, with_interval
 from experiments.rows import NAMES, Row
 
-
-def paired(row: Row, other: Row, *path) -> list[float]:
-    """Differences to another row, seed by seed."""
-    mine, theirs = row.by_seed(*path), other.by_seed(*path)
-    return [mine[seed] - theirs[seed] for seed in sorted(mine.keys() & theirs.keys())]
+# ------------------------------------------------------------ Named before the runs
+MARGIN = 0.5  # points of the mean accuracy over the stream, named with the comparisons
 
 
-def warm_start_of(row: Row, rows: list[Row]) -> Row | None:
-    """The warm start that a row is compared with: of the same options, or else of most of them and no other.
+class Primary(NamedTuple):
+    """LURE − warm start, both with the decay, on seeds that nobody had seen when the margin was named."""
 
-    What a method has besides may only be of forgetting; what a warm start has besides may be anything. Both
-    have trained on as many images.
+    table: str
+    dataset: str
+    seeds: tuple
+    before: tuple = ()  # seeds that had been seen
+
+
+PRIMARY = (
+    Primary("table3", "cifar10-jpeg", seeds=(4, 5, 6, 7), before=(1, 2, 3)),
+    Primary("table1", "cifar10-lossless", seeds=(1, 2, 3)),
+)
+
+
+def decided(differences: list[float], margin: float = MARGIN) -> str:
+    """The verdict on the mean of three or more differences; wrong in at most 5 of 100 cases, by Bonferroni.
+
+    Equivalent: the 95 % interval lies within ± margin (two one-sided tests at 2.5 %). Different: the 97.5 %
+    interval excludes 0. ValueError for fewer than three.
     """
-    own = {"keep", "pi", "pi_fraction", "set"} if row.method != "warm-start" else row.named.keys()
-    fitting = [
-        other
-        for other in rows
-        if other.method == "warm-start" and other is not row
-        if len({*row.values("totals", "image_passes"), *other.values("totals", "image_passes")}) <= 1
-        if other.named.items() <= row.named.items() and row.named.keys() - other.named.keys() <= own
-    ]
-    return max(fitting, key=lambda other: len(other.named), default=None)
+    if len(differences) < 3:
+        raise ValueError(f"expected three differences or more, got {len(differences)}")
+    low, high = interval(differences)
+    equivalent = -margin < low and high < margin
+    low, high = interval(differences, 0.975)
+    different = low > 0 or high < 0
+    if equivalent and different:
+        return f"different, by less than {margin}"
+    if equivalent:
+        return f"equivalent within ±{margin}"
+    return "different" if different else "undecided"
 
 
-def interval(values: list[float], level: float = 0.95) -> tuple[float, float]:
-    """t interval of the mean of two or more values, 95 % by default."""
-    from scipy.stats import t
+def primary(table: str, dataset: str, rows: list[Row]) -> list[list[str]]:
+    """Lines of seeds, difference, its two intervals and verdict, of the comparison that was named, if any."""
+    named = [p for p in PRIMARY if (p.table, p.dataset) == (table, dataset)]
+    plain = {row.method: row for row in rows if not row.told}
+    if not named or not {"lure", "warm-start"} <= plain.keys():
+        return []
+    (comparison,) = named
+    path = ("totals", "stream_accuracy")
+    mine = plain["lure"].by_seed(*path)
+    theirs = plain["warm-start"].by_seed(*path)
+    there = {seed: mine[seed] - theirs[seed] for seed in sorted(mine.keys() & theirs.keys())}
 
-    mean, n = statistics.fmean(values), len(values)
-    half = float(t.ppf((1 + level) / 2, n - 1)) * statistics.stdev(values) / n**0.5
-    return mean - half, mean + half
+    def line(what, seeds, verdict):
+        differences = [there[seed] for seed in seeds]
+        listed = f"{what}: {', '.join(map(str, seeds))}"
+        return [listed, with_interval(differences), bounds(differences, 0.975), verdict]
 
-
-def with_interval(differences: list[float], digits: int = 2) -> str:
-    numbers = [statistics.fmean(differences), *(interval(differences) if len(differences) > 1 else ())]
-    mean, *ends = [f"{x:+.{digits}f}" for x in numbers]
-    return f"{mean} [{', '.join(ends)}]" if ends else mean
-
-
-def mean_and_error(values: list[float]) -> tuple[float, float]:
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-def spread(values: list[float], digits: int = 2) -> str:
-    """Mean ± sample standard deviation, the latter from two values on that are not all the same."""
-    mean, error = mean_and_error(values)
-    return f"{mean:.{digits}f}" + (f" ± {error:.{digits}f}" if error else "")
-
-
-def fits(row: Row, wanted: dict) -> bool:
-    return all(row.config[k] in (v if isinstance(v, list) else [v]) for k, v in wanted.items())
-
-
-def is_of(row: Row, published: dict) -> bool:
-    shared = published.keys() & row.config.keys() - {"dataset"}
-    return fits(row, {key: published[key] for key in shared})
+    missing = [seed for seed in comparison.seeds if seed not in there]
+    if missing:
+        told = f"not complete: {len(comparison.seeds) - len(missing)} of {len(comparison.seeds)} seeds"
+        lines = [[f"seeds {', '.join(map(str, comparison.seeds))}", "–", "–", told]]
+    else:
+        lines = [line("seeds", comparison.seeds, decided([there[seed] for seed in comparison.seeds]))]
+    if comparison.before and {*comparison.before} <= there.keys():
+        lines.append(line("seen before the margin was named", comparison.before, "–"))
+        if not missing:
+            lines.append(line("all, as a description", [*there], "–"))
+    return lines
 
 
+# ------------------------------------------------------------ The paper's
 class Comparison(NamedTuple):
     """The differences, seed by seed, of one measure between two rows."""
 
@@ -72,37 +87,12 @@ class Comparison(NamedTuple):
     sign: int  # of a difference as the claim has it
     digits: int
 
-
-def compared(claim: dict, rows: list[Row]) -> list[Comparison]:
-    """All that a claim is about, as far as it was measured.
-
-    `better` and `than` say which rows are compared; in what they do not say, the two have the same options.
-    `metrics`: the paths of what is compared, in the record; with `range`, its range over a method's rows.
-    """
-    better, than, sign = claim["better"], claim["than"], 1 if claim["higher"] else -1
-    if claim.get("range"):
-        (path,) = claim["metrics"]
-        widths = {side["method"]: ranges(rows, side["method"], path) for side in (better, than)}
-        mine, theirs = widths.values()
-        differences = [mine[seed] - theirs[seed] for seed in sorted(mine.keys() & theirs.keys())]
-        return [Comparison((), differences, sign, 2)] if differences else []
-    free = {key for key in better | than if better.get(key) != than.get(key)}
-    found = []
-    for a, b in product((r for r in rows if fits(r, better)), (r for r in rows if fits(r, than))):
-        if all(a.options[key] == b.options[key] for key in a.options.keys() - free):
-            options = [f"{key.replace('_', '-')} {v}" for key, v in b.options.items()]
-            for path in claim["metrics"]:
-                if differences := paired(a, b, *path):
-                    who = (NAMES[a.method], NAMES[b.method], *options, str(path[-1]))
-                    found.append(Comparison(who, differences, sign, 0 if path[-1] == "cer" else 2))
-    return found
-
-
-def ranges(rows: list[Row], method: str, path: list[str]) -> dict:
-    """Seed → the range of a measure over all rows of the method, where all of them have it."""
-    values = [row.by_seed(*path) for row in rows if row.method == method]
-    seeds = set.intersection(*map(set, values)) if len(values) > 1 else set()
-    return {seed: max(v[seed] for v in values) - min(v[seed] for v in values) for seed in seeds}
+    def side(self, level: float = 0.95) -> int:
+        """1: the interval is on the claim's side of zero; −1: on the other; 0: on both, or of two seeds."""
+        if len(self.differences) < 3:
+            return 0
+        low, high = sorted(self.sign * end for end in interval(self.differences, level))
+        return 1 if low > 0 else -1 if high < 0 else 0
 
 
 def verdict(claim: dict, rows: list[Row]) -> tuple[str, str, int] | None:
@@ -112,40 +102,103 @@ def verdict(claim: dict, rows: list[Row]) -> tuple[str, str, int] | None:
     after Bonferroni's correction for their number. What does not differ at all, as under an attack that
     nothing withstands, has no say. None if nothing of it was measured.
     """
-    found = compared(claim, rows)
+    found = ranges_compared(claim, rows) if claim.get("range") else compared(claim, rows)
     if not found:
         return None
-    differing = [c for c in found if any(c.differences)]
-    telling = [c for c in differing if len(c.differences) > 2]
-    if any(side(c, 1 - 0.05 / len(telling)) < 0 for c in telling):
+    differing = [comparison for comparison in found if any(comparison.differences)]
+    telling = [comparison for comparison in differing if len(comparison.differences) > 2]
+    if any(comparison.side(1 - 0.05 / len(telling)) < 0 for comparison in telling):
         word = "not held"
+    elif differing and all(comparison.side() > 0 for comparison in differing):
+        word = "held"
     else:
-        word = "held" if differing and all(side(c) > 0 for c in differing) else "not decided"
+        word = "not decided"
     return text_of(found), word, len(telling)
 
 
-def side(comparison: Comparison, level: float = 0.95) -> int:
-    """Where its interval lies: 1 on the claim's side of zero, −1 on the other, else, or of two seeds, 0."""
-    if len(comparison.differences) < 3:
-        return 0
-    low, high = sorted(comparison.sign * end for end in interval(comparison.differences, level))
-    return 1 if low > 0 else -1 if high < 0 else 0
+def compared(claim: dict, rows: list[Row]) -> list[Comparison]:
+    """All that a claim is about, as far as it was measured.
+
+    `better` and `than` say which rows are compared; in what they do not say, the two have the same options.
+    `metrics`: the paths of what is compared, in the record.
+    """
+    better = claim["better"]
+    than = claim["than"]
+    free = {key for key in better | than if better.get(key) != than.get(key)}
+    found = []
+    for mine, theirs in product(fitting(rows, better), fitting(rows, than)):
+        if any(mine.options[key] != theirs.options[key] for key in mine.options.keys() - free):
+            continue
+        options = [f"{key.replace('_', '-')} {value}" for key, value in theirs.options.items()]
+        for path in claim["metrics"]:
+            differences = paired(mine, theirs, *path)
+            if differences:
+                who = (NAMES[mine.method], NAMES[theirs.method], *options, str(path[-1]))
+                found.append(comparison_of(claim, who, differences, digits=0 if path[-1] == "cer" else 2))
+    return found
+
+
+def ranges_compared(claim: dict, rows: list[Row]) -> list[Comparison]:
+    """Of a claim about the range of a measure over all rows of a method."""
+    (path,) = claim["metrics"]
+    mine = ranges(rows, claim["better"]["method"], path)
+    theirs = ranges(rows, claim["than"]["method"], path)
+    differences = [mine[seed] - theirs[seed] for seed in sorted(mine.keys() & theirs.keys())]
+    return [comparison_of(claim, (), differences)] if differences else []
+
+
+def comparison_of(claim: dict, who: tuple, differences: list[float], digits: int = 2) -> Comparison:
+    return Comparison(who, differences, 1 if claim["higher"] else -1, digits)
+
+
+def ranges(rows: list[Row], method: str, path: list[str]) -> dict:
+    """Seed → the range of a measure over all rows of the method, where all of them have it."""
+    values = [row.by_seed(*path) for row in rows if row.method == method]
+    if len(values) < 2:
+        return {}
+    seeds = set.intersection(*map(set, values))
+    return {seed: max(of[seed] for of in values) - min(of[seed] for of in values) for seed in seeds}
+
+
+def fitting(rows: list[Row], wanted: dict) -> list[Row]:
+    return [row for row in rows if fits(row, wanted)]
+
+
+def fits(row: Row, wanted: dict) -> bool:
+    """Whether the row has these options; a list names several values."""
+    return all(row.config[k] in (v if isinstance(v, list) else [v]) for k, v in wanted.items())
+
+
+def is_of(row: Row, published: dict) -> bool:
+    """Whether a row of the paper's is of the same method and options, as far as it names them."""
+    shared = published.keys() & row.config.keys() - {"dataset"}
+    return fits(row, {key: published[key] for key in shared})
 
 
 def text_of(found: list[Comparison]) -> str:
     """A line for each difference, named by what tells it apart; of many measures of the same rows, one."""
     telling = [len({*words}) > 1 for words in zip(*(c.who for c in found), strict=True)]
     groups: dict[tuple, list[Comparison]] = {}
-    for c in found:
-        groups.setdefault(c.who[:-1], []).append(c)
+    for comparison in found:
+        groups.setdefault(comparison.who[:-1], []).append(comparison)
     lines = []
-    for group in groups.values():
-        if many := len(group) > 5:
-            means, sides = [statistics.fmean(c.differences) for c in group], [side(c) for c in group]
-            told = f"{min(means):+.2f} to {max(means):+.2f}, {len(group)} intervals, "
-            told += f"{sides.count(1)} on the claim's side, {sides.count(-1)} on the other"
-        for c in group[:1] if many else group:
-            text = told if many else with_interval(c.differences, c.digits)
-            label = ", ".join(compress(c.who[:-1] if many else c.who, telling))
-            lines.append(f"{label}: {text}" if label else text)
+    for rows, group in groups.items():
+        if len(group) > 5:
+            lines.append(named(rows, telling, summary(group)))
+        else:
+            lines += [named(c.who, telling, with_interval(c.differences, c.digits)) for c in group]
     return "<br>".join(lines)
+
+
+def named(who: tuple, telling: list[bool], text: str) -> str:
+    label = ", ".join(compress(who, telling))
+    return f"{label}: {text}" if label else text
+
+
+def summary(group: list[Comparison]) -> str:
+    means = [statistics.fmean(comparison.differences) for comparison in group]
+    sides = [comparison.side() for comparison in group]
+    intervals = (
+        f"{len(group)} intervals, {sides.count(1)} on the claim's side, {sides.count(-1)} on the other"
+    )
+    return f"{min(means):+.2f} to {max(means):+.2f}, {intervals}"

@@ -9,14 +9,24 @@ import re
 import sys
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from experiments import tables
-from experiments.claims import verdict
+from experiments.claims import primary, verdict
 from experiments.command import guarded
 from experiments.data import DataError
 from experiments.figures import FIGURES
 from experiments.files import write, write_text
-from experiments.report_tables import COLUMNS, MAIN, MORE, Column, differing, table
+from experiments.report_tables import (
+    COLUMNS,
+    MAIN,
+    MORE,
+    RELEASED,
+    Column,
+    differing,
+    shown_there,
+    table,
+)
 from experiments.rows import Row, load_rows, split_measured
 
 RESULTS = Path(__file__).parent.parent / "results"
@@ -35,7 +45,7 @@ SUBJECTS = {
     "table8": "criterion of importance",
     "table9": "noisy labels",
     "figure2": "corruptions",
-    "figure3": "attack by PGD-10, and noisy labels",
+    "figure3": "attack by PGD-10",
     "figure4": "reliability and calibration error",
     "figure5": "noise on the weights",
     "figure6": "learning rate and weight decay",
@@ -46,6 +56,13 @@ SUBJECTS = {
     "precision": "of training",
     "demo": "all methods",
 }
+NOTES = {  # above the tables of a scale
+    ("narrow", "table1"): "LLF and S&P are not measured at this scale.",
+    ("narrow", "figure2"): "All corruptions are made from the JPEG copy of CIFAR-10.",
+}
+PRIMARY = """| Named before the runs | seeds | LURE − warm start over the stream [95 %] | [97.5 %] | verdict |
+| :--- | :--- | :--- | :--- | :--- |
+"""
 CLAIMS = """| The paper's claim | where | tested | difference [95 %] | | intervals |
 | :--- | :--- | :--- | :--- | :--- | ---: |
 """
@@ -58,54 +75,102 @@ def report(out: Path, runs: list[tuple[str, Path]], incomplete: bool = False) ->
     `runs`: for each its row, "METHOD OPTION=VALUE ...", and its record, in a folder named after the data set.
     If it may be incomplete, runs that are not there are named in it, and with none there nothing is written.
     """
-    name, scale = out.stem, out.resolve().parent.name
-    paper = json.loads((RESULTS / "paper.json").read_text())
-    source = "table9" if name == "figure3" else name  # half of that figure is that table
-    printed_there = paper["tables"].get(source, {"rows": []})
-    published, notes = printed_there["rows"], printed_there.get("notes", [])
-    columns, parts, lines = COLUMNS.get(name, MAIN), [], []
-    absent = [path for _, path in runs if incomplete and not path.exists()]
     if not runs:
         raise DataError("expected records of runs; found none")
+    absent = {path for _, path in runs if incomplete and not path.exists()}
+    parts: list[Part] = []
     for dataset in dict.fromkeys(path.resolve().parent.name for _, path in runs if path not in absent):
-        here = [run for run in runs if run[1].resolve().parent.name == dataset]
-        rows = load_rows([run for run in here if run[1] not in absent])
-        known = next((n for n in ("cifar100", "cifar10", "restricted-imagenet") if dataset.startswith(n)), "")
-        printed, title = [p for p in published if p["dataset"] == known], TITLES.get(dataset, dataset)
-        measured, others = split_measured(rows, [column.path for column in columns])
-        missing = [path for _, path in here if path in absent]
-        if name != "figure3" or not any(row.config["label_noise"] for row in others):
-            missing += [record["path"] for row in others for record in row.records]
-            others = []  # in figure 3 they are its other half
-        if not measured and incomplete:
-            continue
-        if not measured:
-            who = "newer runs measure" if name == "forgetting" else "evaluate.py measures"
-            raise DataError(f"{missing[0]}: expected what {who}")
-        if name in FIGURES:
-            where = f"({scale}, {title})"
-            draw(name, out.with_name(f"{name}-{dataset}.png"), where, measured, printed, others)
-        parts.append(f"{caption(title, measured, columns)}\n\n{table(measured, columns, printed)}")
-        parts += [more(measured) for more in MORE.get(name, [])]
-        parts += ["".join(f"- In the paper, {note}.\n" for note in notes)] * bool(printed and notes)
-        parts += [f"Not measured: {', '.join(f'`{path.stem}`' for path in missing)}.\n"] * bool(missing)
-        for claim in paper["claims"]:
-            if claim["table"] == name and (result := verdict(claim, rows)):
-                cells = [claim["claim"], headline(name).split(":")[0], f"{scale}, {title}", *map(str, result)]
-                lines.append(f"| {' | '.join(cells)} |\n")
-    text = "\n".join(parts) + (f"\n{CLAIMS}{''.join(lines)}" if lines else "")
-    if text:
-        write_text(out, text)
-    return text or f"nothing has been measured yet for {name}"
+        of_dataset = [run for run in runs if run[1].resolve().parent.name == dataset]
+        parts += part_of(out, dataset, of_dataset, absent, incomplete)
+    if not parts:
+        return f"nothing has been measured yet for {out.stem}"
+    note = NOTES.get((out.resolve().parent.name, out.stem))
+    texts = [f"{note}\n"] if note else []
+    texts += [part.text for part in parts]
+    for head, lines in (
+        (PRIMARY, [part.primary for part in parts]),
+        (CLAIMS, [part.claims for part in parts]),
+    ):
+        if "".join(lines):
+            texts.append(head + "".join(lines))
+    text = "\n".join(texts)
+    write_text(out, text)
+    return text
 
 
-def draw(name: str, path: Path, where: str, *rows) -> None:
+class Part(NamedTuple):
+    """Of a report: one data set's text, and its lines of the two tables of claims."""
+
+    text: str
+    primary: str
+    claims: str
+
+
+def part_of(out: Path, dataset: str, runs: list, absent: set[Path], incomplete: bool) -> list[Part]:
+    """A data set's part of a report, whose figure it draws; none if nothing is there and that may be."""
+    name = out.stem
+    scale = out.resolve().parent.name
+    title = TITLES.get(dataset, dataset)
+    columns = COLUMNS.get(name, MAIN)
+    paper = json.loads((RESULTS / "paper.json").read_text())
+    printed, notes = published(paper, name, dataset)
+
+    # The rows that this table shows, and what is missing of it.
+    rows = load_rows([run for run in runs if run[1] not in absent])
+    measured, others = split_measured(rows, [column.path for column in columns])
+    missing = [path for _, path in runs if path in absent]
+    if name != "figure3" or not any(row.config["label_noise"] for row in others):
+        missing += [record["path"] for row in others for record in row.records]
+        others = []  # in figure 3 they are its other half
+    if not measured and incomplete:
+        return []
+    if not measured:
+        who = "newer runs measure" if name == "forgetting" else "evaluate.py measures"
+        raise DataError(f"{missing[0]}: expected what {who}")
+
+    # Figure, tables, notes.
+    if name in FIGURES:
+        also = ", and noisy labels" if others else ""
+        where = f"{headline(name)}{also} ({scale}, {title})"
+        draw(name, out.with_name(f"{name}-{dataset}.png"), where, measured, printed, others)
+    texts = [f"{caption(title, measured, columns)}\n\n{table(measured, columns, printed)}"]
+    if any(p["method"] == "warm-start" for p in shown_there(columns, printed)):
+        texts.append(f"{RELEASED}\n")
+    texts += [text for more in MORE.get(name, []) if (text := more(measured))]
+    if printed and notes:
+        texts.append("".join(f"- In the paper, {note}.\n" for note in notes))
+    if missing:
+        texts.append(f"Not measured: {', '.join(f'`{path.stem}`' for path in missing)}.\n")
+
+    # What becomes of claims.
+    where = headline(name).split(":")[0]
+    named = [line(f"{where}, {title}", *cells) for cells in primary(name, dataset, rows) if scale == "narrow"]
+    claims = []
+    for claim in paper["claims"]:
+        if claim["table"] == name and (result := verdict(claim, rows)):
+            claims.append(line(claim["claim"], where, f"{scale}, {title}", *map(str, result)))
+    return [Part("\n".join(texts), "".join(named), "".join(claims))]
+
+
+def published(paper: dict, name: str, dataset: str) -> tuple[list[dict], list[str]]:
+    """The paper's rows of a table that are of the data set or of what it is a copy of, and its notes."""
+    source = "table9" if name == "figure3" else name  # half of that figure is that table
+    there = paper["tables"].get(source, {"rows": []})
+    known = next((n for n in ("cifar100", "cifar10", "restricted-imagenet") if dataset.startswith(n)), "")
+    return [p for p in there["rows"] if p["dataset"] == known], there.get("notes", [])
+
+
+def line(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |\n"
+
+
+def draw(name: str, path: Path, title: str, *rows) -> None:
     """Draw what FIGURES has of that name, of the rows that it takes, and write it."""
     from matplotlib.figure import Figure
 
     figure = Figure(layout="constrained")
-    FIGURES[name](figure, *rows)
-    figure.suptitle(f"{headline(name)} {where}", fontsize=9)
+    bars = FIGURES[name](figure, *rows)
+    figure.suptitle(f"{title}; {bars}", fontsize=9)
     write(path, partial(figure.savefig, format="png", dpi=130))
 
 
@@ -140,13 +205,17 @@ def caption(title: str, rows: list[Row], columns: list[Column]) -> str:
 
 def overview(folder: Path) -> str:
     """Write folder/README.md: the claims, then all reports, from its subfolders, one for each scale."""
-    parts, claims = [], []
+    parts = []
+    named = []
+    claims = []
     for scale in SCALES:
         for name in tables.SCALES[scale]:
             path = folder / scale / f"{name}.md"
             if path.exists():
-                shown_tables, _, lines = path.read_text().partition(CLAIMS)
+                rest, _, lines = path.read_text().partition(CLAIMS)
                 claims.append(lines)
+                shown_tables, _, lines = rest.partition(PRIMARY)
+                named.append(lines.rstrip("\n"))
                 images = sorted(path.parent.glob(f"{name}-*.png"))
                 shown = "".join(f"![{headline(name)}]({scale}/{i.name})\n\n" for i in images)
                 parts.append(f"## {headline(name)} ({scale})\n\n{shown}{shown_tables.rstrip()}\n")
@@ -156,7 +225,11 @@ def overview(folder: Path) -> str:
     counts = [int(line.split("|")[-2]) for line in told.splitlines()]
     number = f"{len(counts)} tests of claims, by {sum(counts)} intervals."
     introduction = (Path(__file__).parent / "overview.md").read_text()
-    text = f"{introduction}\n{number}\n\n{CLAIMS}{told}\n" + "\n".join(parts)
+    lines = "".join(f"{of}\n" for of in named if of)
+    first = f"{PRIMARY}{lines}" if lines else "None of their runs is there.\n"
+    text = f"{introduction}\n{first}\n## The paper's claims\n\n{number}\n\n{CLAIMS}{told}\n" + "\n".join(
+        parts
+    )
     write_text(folder / "README.md", text)
     return text
 

@@ -34,6 +34,7 @@ class Row(NamedTuple):
     options: dict  # those in which the rows of a table differ, and their values
     named: dict  # those that the row is named by, and their values
     records: list[dict]
+    told: dict  # of `named`, what tells the row from the others of its table
 
     def by_seed(self, *path) -> dict:
         """Seed → what the path leads to in the record, where it was measured."""
@@ -64,8 +65,15 @@ class Row(NamedTuple):
     def label(self) -> str:
         if self.in_one_schedule:
             return "One schedule"
-        named = (k if v is True else f"{k} {v}" for k, v in self.named.items() if k != "generations")
-        return ", ".join([NAMES[self.method], *named])
+        return ", ".join([NAMES[self.method], *(word(*pair) for pair in self.told.items())])
+
+
+def word(option: str, value) -> str:
+    """An option of a row, as labels and tables have it."""
+    name = option.replace("_", "-")
+    if value is True:
+        return name
+    return f"{name} {value:g}" if type(value) is float else f"{name} {value}"
 
 
 def load_record(path: Path, row: str) -> dict:
@@ -114,6 +122,8 @@ def load_record(path: Path, row: str) -> dict:
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = f"no entry {error}" if isinstance(error, KeyError) else error
         raise DataError(f"{file}: expected the record of a run of {row} ({reason})") from error
+    stream = [row["test"]["accuracy"] for row in record["mega_batches"]]
+    record["totals"]["stream_accuracy"] = statistics.fmean(stream)
     return record | {"path": path, "named": named}
 
 
@@ -128,9 +138,15 @@ def forgetting_of(rows: list[dict]) -> dict:
         "relearned": [b["test"]["accuracy"] for _, b in pairs],
         "trained": [b["train"]["accuracy"] for _, b in pairs],
     }
+    forgetting: dict[str, Any] = {k: statistics.fmean(v) for k, v in of.items()}
+    forgetting["cost"] = forgetting["after"] - forgetting["before"]
+    if anew := [a["reestimated"] for a, _ in pairs if a.get("reestimated")]:
+        forgetting["anew"] = {
+            when: statistics.fmean(both[when]["accuracy"] for both in anew) for when in ("before", "after")
+        }
     masks = [a["redrawn_by_tensor"] for a, _ in pairs if a["redrawn_by_tensor"]]
     shares = {name: statistics.fmean(100 * mask[name] for mask in masks) for name in (masks or [{}])[0]}
-    return {"forgetting": {k: statistics.fmean(v) for k, v in of.items()}, "shares": shares or None}
+    return {"forgetting": forgetting, "shares": shares or None}
 
 
 def load_rows(runs: list[tuple[str, Path]]) -> list[Row]:
@@ -151,9 +167,12 @@ def load_rows(runs: list[tuple[str, Path]]) -> list[Row]:
             if value != other and key != "data":
                 apart[key] = None
     rows: dict[str, Row] = {}
+    named = [record["named"] for record in records]
     for record in records:
         method, options = record["config"]["method"], {key: record["options"][key] for key in apart}
-        row = rows.setdefault(json.dumps([method, options]), Row(method, options, record["named"], []))
+        told = {k: v for k, v in record["named"].items() if any(other.get(k) != v for other in named)}
+        row = Row(method, options, record["named"], [], told)
+        row = rows.setdefault(json.dumps([method, options]), row)
         if twice := [r for r in row.records if r["config"]["seed"] == record["config"]["seed"]]:
             other = twice[0]["path"].name
             raise DataError(f"{record['path']}: expected one run of each kind, {other} is it too")

@@ -1,6 +1,7 @@
 """Reports: records put together to rows, tables beside the paper's, figures, claims, the overview."""
 
 import json
+import math
 import re
 
 import pytest
@@ -11,9 +12,11 @@ from matplotlib.figure import Figure
 
 import baselines
 import evaluate
+import lure
 from experiments import figures, report
-from experiments.claims import interval, spread, verdict, warm_start_of
+from experiments.claims import decided, primary, verdict
 from experiments.data import DataError
+from experiments.differences import interval, paired_p, pooled_p, spread, warm_start_of, with_interval
 from experiments.figures import FIGURES
 from experiments.rows import MEASURED, NAMES, Row, load_rows
 
@@ -44,6 +47,16 @@ def change(path, name=None, totals=None, **options):
     (path.with_name(name) if name else path).write_text(json.dumps(record))
 
 
+def measured(path, accuracies):
+    """Let a run have measured these test accuracies, one for each mega-batch, of 100 images."""
+    record = json.loads(path.read_text())
+    rows = record["mega_batches"][: len(accuracies)]
+    for row, accuracy in zip(rows, accuracies, strict=True):
+        row["test"] |= dict(accuracy=accuracy, errors=100 - accuracy)
+    record |= dict(mega_batches=rows, totals=lure.totals(rows))
+    path.write_text(json.dumps(record))
+
+
 def rows_of(text):
     """The cells of a report's table; its claims are left out."""
     lines = [line for line in text.split(report.CLAIMS)[0].splitlines() if line.startswith("|")]
@@ -53,6 +66,8 @@ def rows_of(text):
 def test_report_of_runs(folder, tmp_path):
     runs, out = copy(folder, tmp_path), tmp_path / "demo.md"
     names = [f"{row}-{seed}.json" for seed in "12" for row in ("warm-start", "warm-start+gamma=1", "lure")]
+    for name, accuracy in zip(names, (50, 51, 51, 52, 51, 56), strict=True):
+        measured(runs / name, [40, accuracy])
     text = render(out, [runs / name for name in names])
     head, _, *rows = rows_of(text)
     assert head[:4] == ["Method", "gamma", "Seeds", "Test accuracy, %"] and "paper" not in head
@@ -61,15 +76,12 @@ def test_report_of_runs(folder, tmp_path):
         ["Warm start", "1", "2 †"],
         ["LURE", "0.1", "2 †"],
     ]
-    totals = {p.stem: json.loads(p.read_text())["totals"] for p in runs.glob("*.json")}
-    a, b = totals["lure-1"]["test_accuracy"], totals["lure-2"]["test_accuracy"]
-    assert rows[2][3] == f"{(a + b) / 2:.2f} ± {abs(a - b) / 2**0.5:.2f}"
-    c, d = totals["warm-start-1"]["test_accuracy"], totals["warm-start-2"]["test_accuracy"]
-    mean, half = ((a - c) + (b - d)) / 2, 12.7062 * abs((a - c) - (b - d)) / 2  # t of one degree of freedom
-    shown = [float(x) for x in rows[2][4].replace("[", "").replace("]", "").replace(",", "").split()]
-    assert shown == pytest.approx([mean, mean - half, mean + half], abs=0.01)
-    assert [row[4] == "–" for row in rows] == [True, False, False]  # warm start itself has no difference
-    assert rows[2][5].startswith(f"{(totals['lure-1']['cer'] + totals['lure-2']['cer']) / 2:.0f} ± ")
+    assert [row[3] for row in rows] == ["51.00 ± 1.41", "51.00", "53.50 ± 3.54"]
+    # Of two differences, 1 and 4: t of one degree of freedom is 12.71, their deviation over √2 is 1.5.
+    assert [row[4] for row in rows] == ["–", "+0.00 [-12.71, +12.71]", "+2.50 [-16.56, +21.56]"]
+    # Over the stream of two mega-batches, the first of which has 40 in all runs.
+    assert [row[5] for row in rows] == ["45.50 ± 0.71", "45.50", "46.75 ± 1.77"]
+    assert [row[7] for row in rows] == ["109 ± 1", "109", "106 ± 4"]  # CER
     assert out.read_text() == text
     assert (tmp_path / "demo-digits.png").read_bytes().startswith(b"\x89PNG")
 
@@ -92,7 +104,8 @@ def test_report_stands_beside_the_paper(folder, tmp_path):
     by_name = {(row[0], row[1]): [row[i] for i in where] for row in rows}
     # CER is a count, of other test images here; where nothing of ours stands beside it, it is shown
     assert by_name["LURE", "0.1"] == ["93.32", "–", "6.60"]
-    assert by_name["Warm start", "0.1"] == ["89.47", "–", "8.98"]
+    assert by_name["Warm start", "0.1"] == ["89.47 ‡", "–", "8.98 ‡"]
+    assert "‡ The paper's baseline. The authors' code trains it without the decay" in out.read_text()
     assert by_name["Warm start", "1"] == ["–", "–", "–"]  # a number of the paper's stands there once
     assert by_name["LLF", "–"] == ["91.43", "10103", "7.22"]
     assert "| small, cifar10-like |" in out.read_text() and "| not decided |" in out.read_text()
@@ -171,13 +184,23 @@ def test_figures_of_what_metrics_measured(folder, tmp_path):
     assert cells[head.index("Drop at σ = 0.01, points")] == spread(drop)
     published = [{"dataset": "cifar10", "method": "lure", "label_noise": 0.2, "test_acc": 86.79}]
     shown, others = load_rows(runs_of(files)), load_rows(runs_of(more))
+    gain = published[0] | {"label_noise": 0}
     for draw, printed in (
-        (figures.corruption_bars, [published[0] | {"label_noise": 0, "mca": 74}] * 2),
+        (
+            figures.corruptions,
+            [gain | {"method": m, "mca": a} for m, a in (("warm-start", 68), ("lure", 74))],
+        ),
         (figures.attack_and_noise, published),
     ):
         draw(figure := Figure(), shown, printed, others)
-        legends = [text.get_text() for axes in figure.axes for text in axes.get_legend().get_texts()]
-        assert any("printed in the paper" in text for text in legends), legends
+        legends = [*figure.legends, *(axes.get_legend() for axes in figure.axes if axes.get_legend())]
+        texts = [text.get_text() for legend in legends for text in legend.get_texts()]
+        assert any("in the paper" in text for text in texts), texts
+        if draw is figures.corruptions:
+            (axes,) = figure.axes
+            ours, star = [line for line in axes.get_lines() if len(line.get_xdata()) in (1, 20)]
+            assert star.get_ydata() == 74 - 68
+            assert [*ours.get_ydata()] == [0] * 20  # both have the colour that was put there
 
 
 def test_the_measurements_of_another_run_are_refused(folder, tmp_path):
@@ -228,7 +251,7 @@ def row(method, accuracies, **options):
         {"config": {"method": method, "seed": i, **options}, "totals": {"test_accuracy": a, "cer": 10 * a}}
         for i, a in enumerate(accuracies, start=1)
     ]
-    return Row(method, options, options, records)
+    return Row(method, options, options, records, options)
 
 
 ACCURACY = {"metrics": [["totals", "test_accuracy"]], "higher": True}
@@ -337,6 +360,79 @@ def test_what_warm_start_a_row_is_compared_with():
     assert warm_start_of(short, [short, long]) is None  # it has trained on fewer images
 
 
+@pytest.mark.parametrize(
+    "differences, word",
+    [  # the half width is 4.30 or 6.21 times the deviation over √3, of the 95 and the 97.5 % interval
+        ([0.1, 0.0, -0.1], "equivalent within ±0.5"),
+        ([3.0, 3.1, 2.9], "different"),
+        ([0.31, 0.3, 0.29], "different, by less than 0.5"),
+        ([1.0, -1.0, 0.3], "undecided"),
+        ([0.2, 0.1, 0.15, 0.15], "different, by less than 0.5"),
+        ([-0.2, -0.1, -0.15, -0.15], "different, by less than 0.5"),
+        ([0.0, 0.2, -0.2], "equivalent within ±0.5"),
+        ([0.0, 0.21, -0.21], "undecided"),
+        ([1.0, 1.6, 1.3], "different"),
+        ([1.0, 1.9, 1.45], "undecided"),  # the 95 % interval would exclude 0
+    ],
+)
+def test_the_verdict_reads_off_two_intervals(differences, word):
+    assert decided(differences) == word
+    low, high = interval(differences)
+    assert ("equivalent" in word or "by less" in word) == (low > -0.5 and high < 0.5)
+    low, high = interval(differences, 0.975)
+    assert ("different" in word) == (low > 0 or high < 0)
+
+
+def test_the_verdict_needs_three_seeds():
+    for few in ([], [0.0], [0.1, 0.1]):
+        with pytest.raises(ValueError, match="three"):
+            decided(few)
+
+
+def test_a_primary_comparison_is_decided_when_all_its_seeds_are_there_and_by_the_mean_over_the_stream():
+    def told(table, dataset, mine, theirs):
+        rows = [of_seeds("warm-start", theirs), of_seeds("lure", mine), of_seeds("lure", mine, gamma=1)]
+        return primary(table, dataset, rows)
+
+    def of_seeds(method, accuracy, **options):
+        plain = row(method, [0] * len(accuracy), **options)
+        for record, (seed, value) in zip(plain.records, accuracy.items(), strict=True):
+            record["config"]["seed"] = seed
+            record["totals"]["stream_accuracy"] = value
+        return plain
+
+    warm, better = {s: 70.0 + s for s in range(1, 8)}, {s: 73.0 + s + 0.1 * (s % 2) for s in range(1, 8)}
+    lines = told("table3", "cifar10-jpeg", better, warm)
+    assert [line[0] for line in lines] == [
+        "seeds: 4, 5, 6, 7",
+        "seen before the margin was named: 1, 2, 3",
+        "all, as a description: 1, 2, 3, 4, 5, 6, 7",
+    ]
+    assert [line[-1] for line in lines] == ["different", "–", "–"] and lines[0][1].startswith("+3.05 [")
+    fewer = {seed: a for seed, a in better.items() if seed != 6}
+    assert [line[-1] for line in told("table3", "cifar10-jpeg", fewer, warm)] == [
+        *("not complete: 3 of 4 seeds", "–"),
+    ]
+    assert told("table1", "cifar10-lossless", better, warm)[0][0] == "seeds: 1, 2, 3"
+    assert told("table1", "cifar10-jpeg", better, warm) == []  # not a comparison that was named
+    assert told("table1", "cifar10-lossless", {}, warm)[0][-1] == "not complete: 0 of 3 seeds"
+
+
+def test_one_error_for_all_rows_is_that_of_the_two_way_layout():
+    rows = [row("warm-start", [50, 51, 55]), row("lure", [52, 52, 56.5]), row("sp", [47, 49.5, 51])]
+    # Residuals of rows and seeds by hand: means 52, 53.5, 49.17 and 49.67, 50.83, 54.17 of 51.56.
+    table = [[50, 51, 55], [52, 52, 56.5], [47, 49.5, 51]]
+    means, seeds = [sum(line) / 3 for line in table], [sum(column) / 3 for column in zip(*table, strict=True)]
+    grand = sum(means) / 3
+    squares = sum((table[i][j] - means[i] - seeds[j] + grand) ** 2 for i in range(3) for j in range(3))
+    t = (means[1] - means[0]) / (2 * squares / 4 / 3) ** 0.5
+    x = t / (t**2 + 4) ** 0.5  # of 4 degrees of freedom, Student's distribution is a polynomial of this
+    expected = 1 - (1.5 * x - 0.5 * x**3)
+    assert pooled_p(rows[1], rows[0], rows, "totals", "test_accuracy") == pytest.approx(expected)
+    assert paired_p([1.0, 2.0]) == pytest.approx(2 * math.atan(1 / 3) / math.pi)  # t = 3 of Cauchy's
+    assert (paired_p([0.0, 0.0]), paired_p([1.0, 1.0])) == (1.0, 0.0)
+
+
 @given(st.lists(st.floats(-100, 100), min_size=2, max_size=12))
 def test_the_interval_is_students(values):
     low, high = interval(values)
@@ -392,18 +488,25 @@ def test_forgetting_is_reported_around_each_forgetting_and_by_tensor(folder, tmp
         (runs / name).write_bytes((folder / name).read_bytes())
         assert evaluate.main([str(runs / name), "--sigmas"]) == 0
     text = render(out, [runs / f"{m}-{s}.json" for m in ("warm-start", "lure") for s in (1, 2)])
-    head, _, warm, ours, shares_head, _, *shares = rows_of(text)
+    head, _, warm, ours, anew_head, _, anew_warm, anew_ours, shares_head, _, *shares = rows_of(text)
     rows = [json.loads((runs / f"lure-{s}.json").read_text())["mega_batches"] for s in (1, 2)]
     shown = [
         [r[0]["test"]["accuracy"] for r in rows],
         [r[0]["forgotten"]["accuracy"] for r in rows],
         [r[1]["test"]["accuracy"] for r in rows],
     ]
-    assert head[2:5] == ["Before, %", "Right after, %", "Relearned, %"]
-    assert ours[2:5] == [spread(values) for values in shown]
-    assert head[6] == "Training accuracy then, %"
-    assert ours[6] == spread([r[1]["train"]["accuracy"] for r in rows])
+    assert head[2:4] + head[5:6] == ["Before, %", "Right after, %", "Relearned, %"]
+    assert ours[2:4] + ours[5:6] == [spread(values) for values in shown]
+    costs = [after - before for before, after in zip(shown[0], shown[1], strict=True)]
+    assert head[4] == "Right after − before [95 %]" and ours[4] == with_interval(costs)
+    assert head[7] == "Training accuracy then, %"
+    assert ours[7] == spread([r[1]["train"]["accuracy"] for r in rows])
     assert warm[2] == warm[3]  # nothing was forgotten
+    anew = [[r[0]["reestimated"][when]["accuracy"] for r in rows] for when in ("before", "after")]
+    beside = [cell for pair in zip(shown[:2], anew, strict=True) for cell in map(spread, pair)]
+    assert anew_head[0] == "With running statistics" and anew_warm[0] == "Warm start"
+    assert anew_ours[:6] == ["LURE", "2", *beside]
+    assert anew_ours[6] == with_interval([b - a for a, b in zip(*anew, strict=True)])
     assert shares_head == ["Redrawn of, %", "LURE"]
     by_tensor = [[100 * r[0]["redrawn_by_tensor"]["layer4.1.conv1.weight"] for r in rows]]
     assert ["layer4.1.conv1", *(spread(values, 1) for values in by_tensor)] in shares
@@ -419,6 +522,12 @@ def test_forgetting_is_reported_around_each_forgetting_and_by_tensor(folder, tmp
     assert lines[3].get_ydata()[-1] == pytest.approx(mean) and set(redrawn) == set(figures.CRITERIA)
     path = runs / "warm-start-1.json"  # an old record does not say what was forgotten
     record = json.loads(path.read_text())
+    for row in record["mega_batches"]:
+        del row["reestimated"]
+    path.write_text(json.dumps(record))
+    assert [r[0] for r in rows_of(render(out, [path, runs / "lure-1.json"]))[4:7]] == [
+        *("With running statistics", ":---", "LURE"),
+    ]
     for row in record["mega_batches"]:
         del row["forgotten"], row["redrawn_by_tensor"]
     path.write_text(json.dumps(record))
