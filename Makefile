@@ -4,8 +4,8 @@
 MAKEFLAGS += --no-builtin-rules --no-print-directory
 .DEFAULT_GOAL := help
 .NOTPARALLEL:  # -j is for the runs of a target
-.PHONY: help demo test test-long test-oldest coverage mutants lint bench precision where-from cost forgetting generations reproduce reports \
-    overview clean
+.PHONY: help demo test test-long test-numerics test-oldest coverage mutants lint bench precision where-from cost forgetting generations \
+    reproduce reports overview clean
 
 # Variables count on the command line, not in the environment, where the same names may mean something else.
 VARIABLES := OUT DATA IMAGENET CIFAR10C SCALE DATASETS METHODS SEEDS ARGS
@@ -53,10 +53,14 @@ reports: $(READY)  ## these and generations, from the runs that are there; start
 overview: $(READY)  ## results/README.md, from all tables and figures that are there
 	$(PYTHON) -m experiments.report overview
 
+NUMERICS = $(PYTHON) -m pytest -q -n auto -m numerics $(ARGS) tests
 test: $(READY)  ## the test-suite
 	$(PYTHON) -m pytest -q -n auto --dist loadfile $(ARGS) tests
 test-long: $(READY)  ## the same with 2000 examples for each property, and more than 20 kills; half an hour
 	$(PYTHON) -m pytest -q -n auto --dist loadfile --hypothesis-profile=long $(ARGS) tests
+test-numerics: $(READY)  ## a part of them, as processors without AVX-512 and without AVX compute
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(NUMERICS)
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(NUMERICS)
 test-oldest: .venv-oldest/installed  ## the same with the oldest torch and torchvision of requirements.txt
 	.venv-oldest/bin/python -m pytest -q -n auto --dist loadfile $(ARGS) tests
 .venv-oldest/installed: requirements.txt

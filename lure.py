@@ -324,7 +324,8 @@ def train_epoch_(model, optimizer, data: Dataset, train: Tensor, config, generat
         images, target = augmented(data.images, index, data.padding, data.flip, generator), data.labels[index]
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             logits = model(images[share])
-        loss = F.cross_entropy(logits.float(), target[share], reduction="sum") / (len(index) / WORLD)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        loss = F.cross_entropy(logits, target[share], reduction="sum") / (len(index) / WORLD)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

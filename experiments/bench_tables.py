@@ -1,5 +1,7 @@
 """What `experiments.bench` measured, as tables."""
 
+DISTURBED = 0.1  # share of the processor's time that others may take during a round
+
 
 def loops_table(result: dict) -> str:
     products, batch = result["matmul_tflops"], result["loops"][0]["batch_size"]
@@ -8,6 +10,7 @@ def loops_table(result: dict) -> str:
     for case in result["loops"]:
         for name, loop in case["loops"].items():
             network = f"{case['arch']}, {case['image_size']}×{case['image_size']}"
+            network += " †" * bool(disturbed(case))
             how = f"ours, {name}{' (auto)' * (name == case['auto'])}"
             how = f"plain, float32, {case['workers']} workers" if name == "plain" else how
             rate = f"{loop['images_per_second']:,.0f}|{loop['ms_per_step']:.1f}|{loop['tflops']:.3f}"
@@ -18,7 +21,23 @@ def loops_table(result: dict) -> str:
     return (
         f"{result['device']}, {result['threads']} threads, torch {result['versions']['torch']}; the fastest "
         f"product of two matrices: {fastest}. Batch size {batch}; memory beyond weights and data, without "
-        f"that of the workers; (auto): what a run takes by default.\n\n{table(lines)}"
+        f"that of the workers; (auto): what a run takes by default.\n\n{table(lines)}{footnote(result)}"
+    )
+
+
+def disturbed(case: dict) -> int:
+    """How many of the rounds other processes disturbed; of an old record, which does not say it, none."""
+    return sum(share > DISTURBED for share in case.get("others_share", []))
+
+
+def footnote(result: dict) -> str:
+    if not any(map(disturbed, result["loops"])):
+        return ""
+    rounds = len(result["loops"][0]["others_share"])
+    told = " and ".join(str(disturbed(case)) for case in result["loops"])
+    return (
+        f"\n† Not to be relied on: in {told} of {rounds} rounds other processes took more than a tenth of "
+        "the processor, also when they were measured again.\n"
     )
 
 

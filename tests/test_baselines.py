@@ -531,6 +531,7 @@ def records(tmp_path_factory):
     return {name: json.loads(text, parse_constant=refuse) for name, text in files.items()}
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("name", baselines.METHODS)
 def test_every_method_runs_and_redraws_its_share(records, name):
     assert records[name]["config"]["method"] == name
@@ -547,6 +548,7 @@ def learned(record):
     return [{k: v for k, v in row.items() if k not in after} for row in timeless(record["mega_batches"])]
 
 
+@pytest.mark.numerics
 def test_every_method_has_the_first_mega_batch_of_warm_start_and_then_its_own(records):
     first, second = zip(*map(learned, records.values()), strict=True)
     assert all(row == first[0] for row in first)

@@ -1,7 +1,12 @@
 """The benchmark: that it times the real loops and computes what it prints. How fast they are is no test."""
 
 import json
+import multiprocessing
+import os
 import statistics
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from functools import partial
 
@@ -10,7 +15,7 @@ import torch
 from conftest import small_data
 
 import lure
-from experiments import bench
+from experiments import bench, bench_tables
 from experiments.runs import Config
 
 CPU = torch.device("cpu")
@@ -42,9 +47,10 @@ def test_the_benchmark_end_to_end(tmp_path, capsys, monkeypatch):
             assert loop["tflops"] == pytest.approx(rate * case["gflop_per_image"] / 1000)
             steps = -(-case["images"] // 16)
             assert loop["ms_per_step"] == pytest.approx(1000 * statistics.median(loop["seconds"]) / steps)
+        assert len(case["others_share"]) == 2 and all(0 <= share <= 1 for share in case["others_share"])
     printed = capsys.readouterr()
     assert printed.out == bench.markdown(result) + "\n" == shown.read_text() + "\n"
-    assert "round 2 of 2" in printed.err and printed.err.count("\n") > 10
+    assert "round 2; " in printed.err and printed.err.count("\n") > 10
     text = shown.read_text()
     assert text.count(f"ours, {resnet18['auto']} (auto)") == 2 == text.count("(auto) |")
     assert "| 32 |" in text and text.count("| small |") == 1
@@ -71,10 +77,62 @@ def test_by_default_the_loops_and_one_unlearning_are_measured(monkeypatch, capsy
     monkeypatch.setattr(bench, "SECTIONS", {})
     assert bench.main(["--device", "cpu"]) == 0
     assert [(args[0].arch, *args[1:]) for args in seen] == [
-        ("resnet18", 192, 4),
-        ("small", 768, 4),
+        ("resnet18", 128, 3),
+        ("small", 512, 3),
         ("resnet18", 1125),
     ]
+
+
+def test_a_disturbed_round_is_measured_again_and_marked_if_it_stays_so(monkeypatch):
+    def rounds(shares, number=2):
+        called = []
+        left = iter(shares)
+
+        def share(call):
+            called.append(1)
+            call()
+            return next(left)
+
+        monkeypatch.setattr(bench, "others_share", share)
+        found = bench.measured_rounds({"a": lambda: None}, number, CPU, "x")
+        return [share for share, _ in found], len(called)
+
+    assert rounds([0.9, 0.0, 0.1]) == ([0.0, 0.1], 3)  # the first does not count
+    assert rounds([0.0, 0.5, 0.05, 0.5, 0.02]) == ([0.02, 0.05], 5)
+    assert rounds([0.0, 0.5, 0.05, 0.3, 0.4]) == ([0.05, 0.3], 5)
+    result = {"device": "x", "threads": 1, "versions": {"torch": "2"}, "matmul_tflops": {"float32": 1.0}}
+    loop = dict(images_per_second=1, ms_per_step=1, tflops=1, peak_mib=1, ratio=1, ratio_low=1, ratio_high=1)
+    case = dict(arch="small", image_size=8, batch_size=16, auto="float32", workers=1, loops={"float32": loop})
+    for shares, marks in (([0.05, 0.1], 0), ([0.05, 0.3], 2)):
+        text = bench_tables.loops_table(result | {"loops": [case | {"others_share": shares}]})
+        assert text.count("†") == marks and ("in 1 of 2 rounds" in text) == bool(marks)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/stat"), reason="Linux tells what processes take")
+def test_what_other_processes_take_is_told_from_what_ones_own_take():
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count())]
+    try:
+        assert bench.others_share(lambda: time.sleep(2)) > 0.5  # all cores are theirs
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+    child = multiprocessing.get_context("fork").Process(target=work, args=(1,))
+    before = bench.own_seconds()
+    child.start()
+    while child.is_alive() and bench.own_seconds() < before + 0.5:
+        time.sleep(0.05)
+    assert bench.own_seconds() >= before + 0.5  # a child's time counts while it runs,
+    child.join()
+    assert bench.own_seconds() >= before + 0.9  # when it has ended,
+    work(0.5)
+    assert bench.own_seconds() >= before + 1.3  # and one's own
+
+
+def work(processor_seconds):
+    end = time.process_time() + processor_seconds
+    while time.process_time() < end:
+        sum(range(1000))
 
 
 def test_a_wrong_call_is_one_line(capsys):
@@ -95,8 +153,7 @@ def test_both_loops_train_the_same_network_on_the_same_images():
     assert torch.equal(torch.stack([image for image, _ in shown]), lure.to_input(data.images))
     assert [label for _, label in shown] == data.labels.tolist() and train.tolist() == list(range(40))
     before = [p.clone() for p in plain_model.parameters()]
-    first, second = plain(), plain()
-    assert second < first  # it learns
+    plain()
     assert not any(torch.equal(p, q) for p, q in zip(before, plain_model.parameters(), strict=True))
 
 

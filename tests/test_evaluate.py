@@ -252,6 +252,7 @@ def network_of(path, data):
     return model
 
 
+@pytest.mark.numerics
 def test_metrics_of_a_checkpoint(folder, capsys):
     record = json.loads((folder / "lure-1.json").read_text())
     options = ["--sigmas", "0", "0.02"]

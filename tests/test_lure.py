@@ -1036,6 +1036,7 @@ def pairs(images, labels):
     return Counter((tuple(x), y) for x, y in zip(images.flatten(1).tolist(), labels.tolist(), strict=True))
 
 
+@pytest.mark.numerics
 def test_a_run_is_a_function_of_its_seed():
     first, again, other = (timeless(rows(small_config(seed=seed))) for seed in (5, 5, 6))
     assert first == again and first != other
@@ -1128,6 +1129,7 @@ def test_a_loss_that_is_not_finite_on_the_test_set_alone_is_found(monkeypatch):
         next(lure.run(small_config(), small_data()))
 
 
+@pytest.mark.numerics
 def test_every_method_gets_the_same_stream_start_and_order():
     runs = [watched(small_config(seed=3, epochs=2), forget) for forget in (None, nothing, redraw_all)]
     (first, epochs), *others = runs
@@ -1359,6 +1361,7 @@ def test_a_record_that_could_not_be_written_is_refused_before_the_run(name, call
     assert (tmp_path / "there.json").read_text() == "kept" and len(list(tmp_path.iterdir())) == 2
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize(("batch_size", "mega_batches"), [(16, 2), (64, 2), (128, 1)])
 def test_a_loss_that_is_not_finite_ends_the_run_without_a_record(
     batch_size, mega_batches, call, tmp_path, capsys

@@ -63,6 +63,7 @@ def rows_of(text):
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
 
 
+@pytest.mark.numerics
 def test_report_of_runs(folder, tmp_path):
     runs, out = copy(folder, tmp_path), tmp_path / "demo.md"
     names = [f"{row}-{seed}.json" for seed in "12" for row in ("warm-start", "warm-start+gamma=1", "lure")]
@@ -140,6 +141,7 @@ def test_reports_whose_rows_differ_by_options(folder, tmp_path, name, rows):
         assert cells[0] == NAMES[method] and values <= set(cells[1:4])
 
 
+@pytest.mark.numerics
 def test_figures_of_what_metrics_measured(folder, tmp_path):
     runs = copy(folder, tmp_path, "digits")
     files = [runs / f"{method}-{seed}.json" for method in ("warm-start", "lure") for seed in (1, 2)]
@@ -480,6 +482,7 @@ def test_a_methods_own_settings_are_in_its_name(tmp_path):
         render(tmp_path / "table.md", [out])
 
 
+@pytest.mark.numerics
 def test_forgetting_is_reported_around_each_forgetting_and_by_tensor(folder, tmp_path):
     runs = copy(folder, tmp_path)
     out = tmp_path / "forgetting.md"

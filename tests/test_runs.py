@@ -58,6 +58,7 @@ def refused(capsys, status, *words, argv=()):
 
 
 # ------------------------------------------------------------ The record
+@pytest.mark.numerics
 def test_the_two_command_lines_measure_the_same_at_one_seed():
     config = baselines.Config("digits", mega_batches=2, epochs=1, method="lure", seed=3)
     *_, plain = lure.run(config, lure.load_dataset("digits"))
@@ -91,6 +92,7 @@ def test_the_record_says_what_was_measured_and_where_it_comes_from(tmp_path, cap
     )
 
 
+@pytest.mark.numerics
 def test_the_checkpoint_gives_the_recorded_test_accuracy(tmp_path):
     path = tmp_path / "weights.pt"
     record = recorded(checkpoint=str(path), epochs=3)
@@ -628,66 +630,3 @@ def test_any_command_line_works_or_is_refused_in_one_line(good, bad):
             if given["--out"]:
                 assert strict(Path(given["--out"]).read_text())["totals"] == strict(out)
                 assert ended(argv) == (0, out, "")  # read, not run again
-
-
-# ------------------------------------------------------------ Numbers that stay
-ALL = "--arch small --mega-batches 3 --epochs 1 --lr 0.003 --precision float32 --device cpu --out x.json"
-DIGITS = f"{ALL} --dataset digits --image-size 16 --limit 120 --limit-test 60"
-OWN = f"{ALL} --dataset folder --data pictures --cache cache"
-SPECIAL = "--lr 0.01 --momentum 0.5 --keep-momentum --weight-decay 0.5 --batch-size 16"
-KEPT = {
-    "lure": f"{DIGITS} --method lure --pi next",
-    "lure of a folder": f"{OWN} --method lure --pi seen --keep 0.6 --image-size 8",
-    "sp": f"{DIGITS} --method sp --replay buffer --buffer-size 9 --label-noise 0.3 {SPECIAL}",
-    "random": f"{DIGITS} --method random --replay none --seed 2",
-    "dash": f"{OWN} --method dash --select best-val --epochs 2 --batch-size 16 --image-size 16",
-    "fire": f"{OWN} --method fire --shots 7 --val-fraction 0.2 --epochs 2 --gamma 0.5 --set steps=5"
-    " --batch-size 8",
-    "scratch": f"{DIGITS} --method scratch --val-fraction 0.3",
-}
-UNKEPT = ("seconds", "images_per_second", "accuracy", "running_train_accuracy", "ece")  # times; jumps
-
-
-def numbers(call):
-    """By name, what each of these runs measures, and of which data. `call` gets the command line."""
-
-    def leaves(value, name):
-        parts = value.items() if isinstance(value, dict) else enumerate(value or [])
-        for key, part in parts:
-            if isinstance(part, (dict, list)):
-                yield from leaves(part, f"{name}, {key}")
-            elif key not in UNKEPT:
-                yield f"{name}, {key}", part
-
-    found = {}
-    for name, words in KEPT.items():
-        with tempfile.TemporaryDirectory() as place, pytest.MonkeyPatch.context() as patch:
-            patch.chdir(place)
-            pictures(Path("pictures"))
-            call(words.split())
-            record = json.loads(Path("x.json").read_text())
-        found |= {f"{name}, data": record["data"]["sha256"]} | dict(leaves(record["mega_batches"], name))
-    return found
-
-
-def test_runs_measure_what_they_always_did():
-    # Exact is what rounding cannot change: data, counts, the share redrawn, what `random` redraws. In runs as
-    # short and slow as these, another processor or number of threads changes losses by less than 2e-4, but
-    # another stream, start or order by more than 1e-3. Only LURE jumps: of two scores that differ by rounding
-    # it may redraw the other, and all numbers drawn then move on: losses change by 5e-3, shares by 2e-3.
-    kept, found, odd = json.loads((ROOT / "tests" / "bits.json").read_text()), numbers(baselines.main), {}
-    for name, number in kept.items():
-        ranked = re.match("lure.*, ([12]|0, (forgotten|redrawn_by))", name)
-        near = dict(loss=dict(rel=0.02 if ranked else 5e-4), errors=dict(abs=5 if ranked else 2))
-        near = dict(abs=0.01) if ranked and "redrawn_by" in name else near.get(name.split(", ")[-1])
-        if found.get(name) != (pytest.approx(number, **near) if near and number is not None else number):
-            odd[name] = number, found.get(name)
-    assert not odd and found.keys() == kept.keys()
-
-
-if __name__ == "__main__":  # python tests/test_runs.py FOLDER > tests/bits.json: of the baselines.py there
-    script = str(Path(sys.argv[1]).resolve() / "baselines.py")
-    quiet = dict(check=True, stdout=subprocess.DEVNULL)
-    print(
-        json.dumps(numbers(lambda words: subprocess.run([sys.executable, script, *words], **quiet)), indent=0)
-    )
