@@ -3,14 +3,16 @@
 import hashlib
 import json
 import os
+import sys
 import warnings
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 from torchvision.transforms.functional import pil_to_tensor, resize
@@ -81,12 +83,21 @@ def resized(images: Tensor, side: int) -> Tensor:
 
 
 # ------------------------------------------------------------ Image folders
+ENDINGS = (*IMG_EXTENSIONS, ".gif", ".jfif")
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
+
+
 def load_folders(name: str, root: Path, cache: Path, image_size: int) -> Dataset:
-    """Read root/<split>/<class>/<image>, decoded once and cached by the files' names, sizes and times."""
+    """Read root/<split>/<class>/<image>, decoded once and cached by what the files hold.
+
+    What begins with a dot is skipped; files of other endings are told on stderr.
+    """
     samples, classes = [], []
+    others: Counter[str] = Counter()
     for split in ("train", "test") if name == "folder" else ("train", "val"):
         try:
-            folders, label_of = find_classes(str(root / split))
+            folders = [folder for folder in find_classes(str(root / split))[0] if folder[0] != "."]
+            label_of = {folder: label for label, folder in enumerate(folders)}
             if name == "restricted-imagenet":
                 if len(folders) != 1000:
                     raise OSError(f"{root / split} has {len(folders)} class folders, not ImageNet's 1000")
@@ -94,8 +105,9 @@ def load_folders(name: str, root: Path, cache: Path, image_size: int) -> Dataset
                 label_of = {f: label for label, (a, b) in ranges for f in folders[a : b + 1]}
                 folders = list(RESTRICTED_IMAGENET)
             refuse_loops(root / split / folder for folder in label_of)
-            samples.append(make_dataset(str(root / split), label_of, IMG_EXTENSIONS))
-        except OSError as error:
+            is_image = partial(is_an_image, root / split, others)
+            samples.append(make_dataset(str(root / split), label_of, is_valid_file=is_image))
+        except (OSError, ValueError) as error:
             source = "" if name == "folder" else ", ILSVRC 2012 from image-net.org"
             raise DataError(f"{error}; expected {root}/{split}/<class>/<image>{source}") from error
         classes.append(folders)
@@ -103,9 +115,23 @@ def load_folders(name: str, root: Path, cache: Path, image_size: int) -> Dataset
         raise DataError(f"{root}: expected every class in both splits, {odd[0]!r} is in one only")
     paths, labels = zip(*samples[0], *samples[1], strict=True)
     decoded = decoded_once(paths, root, cache, image_size).permute(0, 2, 3, 1)
+    if others:
+        told = ", ".join(f"{number} {ending or 'without one'}" for ending, number in sorted(others.items()))
+        print(f"{root}: left out, of other endings than those of images: {told}", file=sys.stderr)
     sizes = [len(s) for s in samples]
     (train, test), (train_labels, test_labels) = decoded.split(sizes), torch.tensor(labels).split(sizes)
     return Dataset(train, train_labels, test, test_labels, classes[0])
+
+
+def is_an_image(root: Path, others: Counter[str], path: str) -> bool:
+    """By its ending, which `others` counts if it is none of an image; what begins with a dot is neither."""
+    if any(part[0] == "." for part in Path(path).relative_to(root).parts):
+        return False
+    ending = Path(path).suffix.lower()
+    if ending in ENDINGS:
+        return True
+    others[ending] += 1
+    return False
 
 
 def refuse_loops(folders: Iterable[Path]) -> None:
@@ -117,19 +143,19 @@ def refuse_loops(folders: Iterable[Path]) -> None:
         reached.add(real)
 
 
-def decoded_once(paths, root: Path, cache: Path, size: int) -> Tensor:
+def decoded_once(paths: Sequence[str], root: Path, cache: Path, size: int) -> Tensor:
     """The images, uint8 (N, 3, size, size), from the cache or decoded into it."""
-    below, stats = len(str(root / "x")) - 1, map(os.stat, paths)
-    content = [(p[below:], s.st_size, s.st_mtime_ns) for p, s in zip(paths, stats, strict=True)]
-    digest = hashlib.sha256(json.dumps([2, size, content]).encode()).hexdigest()  # 2: of `decode_image`
-    stored = cache / f"{root.resolve().name}-{size}-{digest[:16]}.pt"
+    digest = hashlib.sha256(json.dumps([3, size, *identity(paths, root)]).encode())  # 3: of `decode_image`
+    stored = cache / f"{root.resolve().name}-{size}-{digest.hexdigest()[:16]}.pt"
     if not stored.exists():
         with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:  # more would be slower
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)  # a huge image
             images = pool.map(partial(decode_image, size=size), paths)
-            decoded = torch.stack(list(tqdm(images, f"decode {root}", len(paths), disable=None)))
-        write(stored, partial(torch.save, decoded))
+            progress = tqdm(images, f"decode {root}", len(paths), disable=None)
+            pixels, highest = zip(*progress, strict=True)
+        refuse_dark(paths, highest)
+        write(stored, partial(torch.save, torch.stack(pixels)))
     try:
         decoded = load(stored, mmap=True)
         if decoded.dtype != torch.uint8 or decoded.shape != (len(paths), 3, size, size):
@@ -139,14 +165,54 @@ def decoded_once(paths, root: Path, cache: Path, size: int) -> Tensor:
     return decoded
 
 
-def decode_image(path: str, size: int) -> Tensor:
+LARGEST = 2**30  # bytes of all images up to which the cache goes by what they hold
+
+
+def identity(paths: Sequence[str], root: Path) -> list:
+    """What tells these images from all others: what they hold, or if that is much, which files they are."""
+    below = [os.path.relpath(path, root) for path in paths]
+    stats = [os.stat(path) for path in paths]
+    if sum(stat.st_size for stat in stats) > LARGEST:
+        files = [(stat.st_size, stat.st_ino, stat.st_ctime_ns) for stat in stats]
+        return [str(root.resolve()), below, files]
+    return [*zip(below, map(digest_of, paths), strict=True)]
+
+
+def digest_of(path: str) -> str:
+    if not os.path.isfile(path):  # a pipe would be waited for
+        raise DataError(f"{path}: expected an image, it is no file")
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except OSError as error:
+        raise DataError(f"{path}: expected an image, cannot read it ({error})") from error
+
+
+def decode_image(path: str, size: int) -> tuple[Tensor, int]:
+    """The pixels, uint8 (3, size, size), the right way up, and the highest value of 16 bits, else 0."""
     try:
         if not os.path.isfile(path):  # a pipe would be waited for
             raise ValueError("it is no file")
-        with Image.open(path, formats=("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")) as file:
-            # Of 16 bits, which is mode I, `convert` would cut off what is above 255.
-            image = file.convert("I").point(lambda value: value / 257) if file.mode[0] == "I" else file
+        with Image.open(path, formats=FORMATS) as file:
+            image = ImageOps.exif_transpose(file)
+            highest = 0
+            if image.mode[0] == "I" and (image.mode != "I" or file.format in ("PNG", "PPM")):
+                # Of 16 bits; `convert` would cut off what is above 255.
+                wide = image.convert("I")
+                highest = wide.getextrema()[1]
+                image = wide.point(lambda value: value / 257)
+            elif image.mode in ("I", "F"):
+                raise ValueError("it has 32 bits a channel, expected 8 or 16")
             small = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
     except Exception as error:  # a foreign file can make a decoder raise anything
         raise DataError(f"{path}: expected an image, cannot decode it ({error})") from error
-    return pil_to_tensor(small)
+    return pil_to_tensor(small), highest
+
+
+def refuse_dark(paths: Sequence[str], highest: Sequence[int]) -> None:
+    """DataError for images of 16 bits of which none has a value above 4095: they are of 8 or 12 bits."""
+    wide = [path for path, value in zip(paths, highest, strict=True) if value]
+    if wide and max(highest) <= 4095:
+        raise DataError(
+            f"{wide[0]}: expected values up to 65535 in images of 16 bits, found none above {max(highest)} "
+            f"in {len(wide)} of them; rescale them"
+        )
