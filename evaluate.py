@@ -11,6 +11,7 @@ import copy
 import json
 import statistics
 import sys
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -23,7 +24,7 @@ import lure
 from baselines import evaluating, fisher_information, magnitudes, random_scores
 from experiments import runs
 from experiments.command import Parser, guarded
-from experiments.data import DataError
+from experiments.data import DataError, resized_as
 from experiments.files import load, provenance, write_text
 from lure import Dataset, expected_calibration_error
 
@@ -87,26 +88,47 @@ CORRUPTIONS = [
 ]
 
 
-def corruption_accuracy(model: nn.Module, directory: str | Path) -> dict:
+def corruption_accuracy(model: nn.Module, directory: str | Path, resize=None) -> dict:
     """Accuracy in percent under the 19 corruptions of CIFAR-10-C (Hendrycks & Dietterich 2019).
 
     `directory` holds NAME.npy for each, uint8 (5 · n, H, W, 3), severity s in rows n · (s − 1) to n · s, and
-    labels.npy (5 · n,), for any n. Returns for each corruption five accuracies, by severity, and as "mean"
-    the paper's mCA, over all 95 (section 6.1). DataError, before anything is measured, for a file that is
-    missing or not as described.
+    labels.npy (5 · n,), the same n integers five times, for any n. `resize`, of uint8 (N, H, W, 3), makes
+    them as large as those that the network was trained on. Returns for each corruption five accuracies, by
+    severity, and as "mean" the paper's mCA, over all 95 (section 6.1). DataError, before anything is
+    measured, for a file that is missing or not as described, or labels that are none of the network's.
     """
-    arrays = {name: load_array(Path(directory) / f"{name}.npy") for name in ("labels", *CORRUPTIONS)}
-    labels, device = arrays.pop("labels").long(), next(model.parameters()).device
+    device = next(model.parameters()).device
+    resize = resize or (lambda images: images)
+    labels = load_labels(Path(directory) / "labels.npy")
+    arrays = {name: load_array(Path(directory) / f"{name}.npy") for name in CORRUPTIONS}
     for name, images in arrays.items():
-        shaped = images.dtype == torch.uint8 and images.shape[3:] == (3,) and labels.shape == images.shape[:1]
-        if not shaped or len(images) == 0 or len(images) % 5:
-            found = f"found {images.dtype} {tuple(images.shape)}, {tuple(labels.shape)}"
-            raise DataError(f"{directory}/{name}.npy: expected uint8 (5n, H, W, 3), labels (5n,); {found}")
+        found = f"{images.dtype} {tuple(images.shape)}"
+        if images.dtype != torch.uint8 or images.shape[3:] != (3,) or len(images) != len(labels):
+            wanted = f"uint8 ({len(labels)}, H, W, 3), as many as labels.npy has"
+            raise DataError(f"{directory}/{name}.npy: expected {wanted}; found {found}")
+    first = resize(arrays[CORRUPTIONS[0]][:1]).to(device)
+    classes = predict(model, lure.to_input(first)).shape[1]
+    if not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        found = f"{int(labels.min())} to {int(labels.max())}"
+        raise DataError(f"{directory}/labels.npy: expected labels of {classes} classes, found {found}")
     result: dict = {}
     for name, images in arrays.items():
-        severities = zip(images.chunk(5), labels.chunk(5), strict=True)
-        result[name] = [accuracy(model, lure.to_input(x.to(device)), y.to(device)) for x, y in severities]
+        result[name] = []
+        for of_severity, targets in zip(images.chunk(5), labels.chunk(5), strict=True):
+            pixels = resize(of_severity).to(device)
+            result[name].append(accuracy(model, lure.to_input(pixels), targets.to(device)))
     return result | {"mean": statistics.fmean(a for severities in result.values() for a in severities)}
+
+
+def load_labels(path: Path) -> Tensor:
+    """The labels of CIFAR-10-C, int64 (5 · n,). DataError unless they are the same n integers five times."""
+    labels = load_array(path)
+    if labels.is_floating_point() or labels.ndim != 1 or len(labels) == 0 or len(labels) % 5:
+        found = f"{labels.dtype} {tuple(labels.shape)}"
+        raise DataError(f"{path}: expected integers (5n,), found {found}")
+    if any(not torch.equal(part, labels[: len(labels) // 5]) for part in labels.chunk(5)):
+        raise DataError(f"{path}: expected the labels of five severities, one after the other, all the same")
+    return labels.long()
 
 
 def load_array(path: Path) -> Tensor:
@@ -174,6 +196,8 @@ def metrics(path: Path, args: argparse.Namespace) -> dict:
     DataError for a file that is no checkpoint of `runs.recorded`, or of other classes.
     """
     device = lure.pick_device(args.device)
+    kind = "corruptions" if args.corruptions else "attack" if args.attack else "metrics"
+    out = path.with_name(f"{path.name.removesuffix('.pt')}.{kind}.json")
     wrong = f"{path}: expected a checkpoint that --checkpoint wrote"
     try:
         checkpoint = load(path)
@@ -187,6 +211,8 @@ def metrics(path: Path, args: argparse.Namespace) -> dict:
         raise DataError(f"{path}: expected to have been trained on the classes of {config.data}")
     result = {"config": checkpoint["config"] | {"classes": classes}}
     result |= provenance(["evaluate.py", *args.argv], device, data)
+    refuse_other_data(path, checkpoint, result["data"], config.data)
+    refuse_other_run(out, result)
     data = data.to(device)
     model = lure.build_model(config.arch, data, torch.Generator())
     try:
@@ -194,14 +220,47 @@ def metrics(path: Path, args: argparse.Namespace) -> dict:
     except (RuntimeError, AttributeError, TypeError) as error:
         raise DataError(f"{wrong} ({type(error).__name__})") from error
     if args.corruptions:
-        kind, result["corruptions"] = "corruptions", corruption_accuracy(model, args.corruptions)
+        refuse_numbers_as_text(path, classes)
+        resize = partial(resized_as, config, tuple(data.images.shape[1:3]))
+        result["corruptions"] = corruption_accuracy(model, args.corruptions, resize)
         result["images_per_severity"] = len(load_array(args.corruptions / "labels.npy")) // 5
     elif args.attack:
-        kind, result["pgd"] = "attack", attacked_accuracy(model, data, args.epsilons)
+        result["pgd"] = attacked_accuracy(model, data, args.epsilons)
     else:
-        kind, result = "metrics", result | clean_metrics(model, data, config, args.sigmas)
-    write_text(path.with_suffix(f".{kind}.json"), json.dumps(result, indent=1) + "\n")
+        result |= clean_metrics(model, data, config, args.sigmas)
+    write_text(out, json.dumps(result, indent=1) + "\n")
     return result
+
+
+def refuse_other_data(path: Path, checkpoint: dict, data: dict, folder: str) -> None:
+    """DataError if the run was on other data than these; an old checkpoint's are in the record beside it."""
+    record = path.with_suffix(".json")
+    trained_on = checkpoint.get("data")
+    if trained_on is None and record.exists():
+        trained_on = json.loads(record.read_text())["data"]
+    if trained_on is not None and trained_on != data:
+        expected = f"the data that it was trained on, sha256 {trained_on['sha256']}"
+        raise DataError(f"{path}: expected {expected}; {folder} has {data['sha256']}")
+
+
+def refuse_other_run(out: Path, result: dict) -> None:
+    """DataError if what was measured of another run is there already."""
+    if not out.exists():
+        return
+    try:
+        there = json.loads(out.read_text())
+        same = there["data"] == result["data"] and runs.alike(there["config"], result["config"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{out}: expected what evaluate.py wrote, or no file ({error})") from error
+    if not same:
+        raise DataError(f"{out}: expected no file, or one that was measured of the same run")
+
+
+def refuse_numbers_as_text(path: Path, classes: list[str]) -> None:
+    """DataError for classes 0, 1, 10, 11, 2, … as folders are sorted: CIFAR-10-C's labels are numbers."""
+    if all(name.isdecimal() for name in classes) and sorted(classes, key=int) != classes:
+        order = f"the order of text, {', '.join(classes[:4])}, …"
+        raise DataError(f"{path}: its classes are numbers in {order}; name them 00, 01, …")
 
 
 def attacked_accuracy(model, data: Dataset, epsilons) -> dict[str, float]:

@@ -225,11 +225,14 @@ def precisions(device: torch.device) -> list[str]:
     return ["bfloat16", "float32"] if low else ["float32"]
 
 
+SIDES = {"cpu": (1024, 2048), "cuda": (4096, 8192, 16384)}  # of matrices to multiply
+
+
 def matmul_tflops(device: torch.device) -> dict[str, float]:
     """TFLOP/s of the fastest product of two square matrices, for each precision."""
     rates: dict[str, float] = {}
     for precision in precisions(device):
-        for n in (1024, 2048) if device.type == "cpu" else (4096, 8192, 16384):
+        for n in SIDES[device.type]:
             progress(f"the product of two matrices of side {n} in {precision}")
             a, b = torch.rand(2, n, n, device=device).to(getattr(torch, precision))
             rate = 2 * n**3 / median_seconds(partial(torch.matmul, a, b), device, 5) / 1e12

@@ -78,6 +78,18 @@ def stratified(labels: Tensor, size: int, equal: bool = False) -> Tensor:
     return rank.argsort(stable=True)[:size]
 
 
+def resized_as(config, shape: tuple[int, int], images: Tensor) -> Tensor:
+    """Images, uint8 (N, H, W, C), in the shape of a run's, as `load_dataset` has them: folders by Pillow."""
+    if images.shape[1:3] == shape:
+        return images
+    if config.dataset not in ("folder", "restricted-imagenet"):
+        return resized(images, shape[0])
+    height, width = shape
+    pictures = [Image.fromarray(image) for image in images.numpy()]
+    small = [picture.resize((width, height), Image.Resampling.BILINEAR) for picture in pictures]
+    return torch.stack([pil_to_tensor(picture) for picture in small]).permute(0, 2, 3, 1)
+
+
 def resized(images: Tensor, side: int) -> Tensor:
     return resize(images.permute(0, 3, 1, 2), [side, side]).permute(0, 2, 3, 1).contiguous()
 

@@ -78,7 +78,7 @@ def recorded(config: Config, forget: Method) -> dict:
         raise FloatingPointError(f"{stem} {len(rows) + 1} {of}: {error}") from error
     record |= dict(mega_batches=rows, totals=lure.totals(rows))
     if RANK == 0 and c.checkpoint:
-        weights = dict(config=asdict(c), classes=data.classes, weights=state["model"])
+        weights = dict(config=asdict(c), classes=data.classes, data=record["data"], weights=state["model"])
         write(c.checkpoint, partial(torch.save, weights))
     if RANK == 0 and c.out:
         write_text(c.out, json.dumps(record, indent=1) + "\n")
@@ -193,6 +193,12 @@ def read_earlier(path: str, read, run: dict, keys=()) -> dict | None:
         found = ", ".join(f"{k} {there.get(k)}, not {here.get(k)}" for k in odd)
         raise ValueError(f"{path}: expected no file, or one of this run; found {found}")
     return record
+
+
+def alike(config: dict, other: dict) -> bool:
+    """Whether two runs' settings are the same but for where things are; one may lack what came later."""
+    both = [DEFAULTS | json.loads(json.dumps(of)) for of in (config, other)]
+    return all(both[0].get(k) == both[1].get(k) for k in both[0] | both[1] if k not in PATHS)
 
 
 def finished(config: Config, run: dict) -> dict | None:
