@@ -18,11 +18,13 @@ import copy
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +34,7 @@ from torchvision.models.resnet import BasicBlock, conv1x1, conv3x3
 from tqdm import tqdm
 
 ARCHITECTURES = ("resnet18", "resnet50", "wide_resnet50_2", "vgg16_bn", "small")
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # by torchrun
+RANK, WORLD = int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)  # by torchrun
 
 
 # ------------------------------------------------------------ Settings: this dataclass is the command line
@@ -474,25 +476,43 @@ def add_settings(parser: argparse.ArgumentParser, settings: type[Config]) -> Non
         parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=text, **kind)
 
 
+@contextmanager
+def new_file(path: str) -> Iterator[TextIO]:
+    """A file to write, which is whole when it gets its name, or not there. ValueError if it cannot be."""
+    part = f"{path}.part"
+    try:
+        if os.path.exists(path):
+            raise FileExistsError(path)
+        file = open(part, "x")  # noqa: SIM115
+    except OSError as error:
+        raise ValueError(f"--out {path}: expected a new file in a folder that can be written") from error
+    try:
+        with file:
+            yield file
+        os.rename(part, path)
+    except BaseException:
+        os.remove(part)
+        raise
+
+
 def main(argv=None) -> None:
-    """The command line: a line for each mega-batch, then the totals. Wrong input ends it with one line."""
+    """The command line: a line for each mega-batch on stderr, then the totals. An error is one line."""
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, allow_abbrev=False)
     add_settings(parser, Config)
     if WORLD > 1:
         parser.error("for several processes: torchrun baselines.py --method lure")
     try:
         c = Config(**vars(parser.parse_args(argv)))
-        if c.out and (os.path.exists(c.out) or not os.path.isdir(os.path.dirname(c.out) or ".")):
-            raise ValueError(f"--out {c.out}: expected a new file in a folder that is there")
-        data = load_dataset(c.dataset, c.data).to(pick_device(c.device))
-        for state in run(c, data):
-            rows = state["mega_batches"]
-            print(f"mega-batch {len(rows)}: {rows[-1]['test']['accuracy']:.2f} % of the test set", flush=True)
-        record = dict(config=asdict(c), totals=totals(rows), mega_batches=rows)
-        print(json.dumps(record["totals"]))
-        if c.out:
-            with open(c.out, "x") as file:
+        with new_file(c.out) if c.out else nullcontext() as file:
+            data = load_dataset(c.dataset, c.data).to(pick_device(c.device))
+            for state in run(c, data):
+                rows = state["mega_batches"]
+                accuracy = rows[-1]["test"]["accuracy"]
+                print(f"mega-batch {len(rows)}: {accuracy:.2f} % of the test set", file=sys.stderr)
+            record = dict(config=asdict(c), totals=totals(rows), mega_batches=rows)
+            if file:
                 json.dump(record, file, indent=1)
+        print(json.dumps(record["totals"]))
     except (ValueError, OSError, FloatingPointError) as error:
         parser.exit(2 if isinstance(error, ValueError) else 1, f"{parser.prog}: {error}\n")
 

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shutil
 import sys
 
 import torch
@@ -28,6 +29,8 @@ def guarded(program: str, call) -> int:
 
     Returns 0; 2: a wrong call; 1: wrong data, or a loss not finite; 130: interrupted.
     """
+    if hasattr(sys.stdout, "reconfigure"):  # what its encoding lacks is printed as an escape
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         call()
     except (ValueError, DataError, OSError, FloatingPointError, KeyboardInterrupt) as error:
@@ -38,14 +41,19 @@ def guarded(program: str, call) -> int:
 
 def run(argv, description: str, settings: type[runs.Config], method) -> int:
     """The command line of `settings`; `method(config)` is what to do between mega-batches. As `guarded`."""
-    if WORLD > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     parser = Parser(description=description, allow_abbrev=False)
     lure.add_settings(parser, settings)
+    if WORLD > 1:
+        lacking = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+        if lacking:
+            parser.error(f"WORLD_SIZE is {WORLD} without {lacking[0]}: start it by torchrun, or unset it")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
 
     def check(config):  # in the first process, so that what is wrong is told once
         method(config)
         lure.pick_device(config.device)
+        if config.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+            raise ValueError("--compile: expected a C++ compiler, g++ or what CXX names")
 
     def call():
         given = runs.by_first(lambda: vars(parser.parse_args(argv)))

@@ -78,7 +78,7 @@ def stratified(labels: Tensor, size: int, equal: bool = False) -> Tensor:
     return rank.argsort(stable=True)[:size]
 
 
-def resized_as(config, shape: tuple[int, int], images: Tensor) -> Tensor:
+def resized_as(config, shape: tuple[int, ...], images: Tensor) -> Tensor:
     """Images, uint8 (N, H, W, C), in the shape of a run's, as `load_dataset` has them: folders by Pillow."""
     if images.shape[1:3] == shape:
         return images
@@ -206,11 +206,11 @@ def decode_image(path: str, size: int) -> tuple[Tensor, int]:
             raise ValueError("it is no file")
         with Image.open(path, formats=FORMATS) as file:
             image = ImageOps.exif_transpose(file)
-            highest = 0
+            highest: int = 0
             if image.mode[0] == "I" and (image.mode != "I" or file.format in ("PNG", "PPM")):
                 # Of 16 bits; `convert` would cut off what is above 255.
                 wide = image.convert("I")
-                highest = wide.getextrema()[1]
+                _, highest = wide.getextrema()
                 image = wide.point(lambda value: value / 257)
             elif image.mode in ("I", "F"):
                 raise ValueError("it has 32 bits a channel, expected 8 or 16")

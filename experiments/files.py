@@ -1,12 +1,15 @@
 """Files that are whole or not there, and where a number in them comes from."""
 
+import contextlib
+import fcntl
+import functools
 import hashlib
 import os
 import platform
 import shlex
 import subprocess
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -36,6 +39,44 @@ def write_text(path: str | Path, text: str) -> None:
     write(path, lambda file: file.write(text.encode()))
 
 
+@contextlib.contextmanager
+def held(*paths: str) -> Iterator[None]:
+    """While it lasts, no other process can hold these files. ValueError if one does.
+
+    By a lock on a file beside each, which the system lets go when the process ends, however it ends. Where
+    the file system has no locks, nothing is held.
+    """
+    with contextlib.ExitStack() as stack:
+        for path in paths:
+            stack.enter_context(held_alone(Path(path)))
+        yield
+
+
+@contextlib.contextmanager
+def held_alone(path: Path) -> Iterator[None]:
+    beside = path.with_name(f".{path.name}.lock")
+    while True:
+        with open(beside, "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ValueError(f"{path}: expected no other run that writes it, but there is one") from error
+            except OSError:  # no locks here
+                yield
+                return
+            if not is_open_file(file, beside):  # its holder has removed it in between
+                continue
+            try:
+                yield
+            finally:
+                beside.unlink()
+            return
+
+
+def is_open_file(file, path: Path) -> bool:
+    return path.exists() and os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+
+
 def load(path: str | Path, **options):
     """What torch.save wrote. Code in the file is not run: it makes this raise, as anything foreign may."""
     with warnings.catch_warnings():
@@ -43,9 +84,20 @@ def load(path: str | Path, **options):
         return torch.load(path, map_location="cpu", weights_only=True, **options)
 
 
+PROJECT = Path(__file__).resolve().parent.parent
+# The code that a run consists of.
+SOURCES = ("lure.py", "baselines.py", *(f"experiments/{n}.py" for n in ("command", "data", "files", "runs")))
+
+
+@functools.cache
+def sources() -> str:
+    """sha256 of the code that a run consists of, which may differ from the commit's."""
+    return hashlib.sha256(b"".join((PROJECT / name).read_bytes() for name in SOURCES)).hexdigest()
+
+
 def provenance(command: list[str], device: torch.device, data: Dataset) -> dict:
-    """Where a number comes from: command, git commit, data, versions, device."""
-    git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty"]
+    """Where a number comes from: command, git commit, code, data, versions, device."""
+    git = ["git", "-C", str(PROJECT), "describe", "--always", "--dirty"]
     call = shlex.join([*git, "--abbrev=40", "--exclude=*"])  # by a shell, since there may be no git
     commit = subprocess.run(call, shell=True, capture_output=True, text=True).stdout.strip()
     processor = torch.cpu.get_capabilities().get("cpu_name") or platform.machine()
@@ -56,6 +108,7 @@ def provenance(command: list[str], device: torch.device, data: Dataset) -> dict:
     return dict(
         command=shlex.join([*python, *command]),
         git_commit=commit or None,
+        sources=sources(),
         data=dict(train=len(data.labels), test=len(data.test_labels), sha256=content.hexdigest()),
         versions=dict(torch=str(torch.__version__), torchvision=torchvision.__version__),
         python=platform.python_version(),

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 import lure
 from experiments.data import DATASETS, DataError, load_dataset
-from experiments.files import load, provenance, write, write_text
+from experiments.files import held, load, provenance, write, write_text
 from lure import RANK, WORLD, Dataset, MegaBatch, option
 
 Method = Callable[..., dict | None]  # `lure.lure_` tells what it gets and does
@@ -56,7 +57,13 @@ def recorded(config: Config, forget: Method) -> dict:
     if done := by_first(lambda: finished(c, record)):
         return done
     by_first(lambda: check_feasible(c, data))
-    path = f"{c.out}.state"
+    with held(*filter(None, (c.out, c.checkpoint))) if RANK == 0 else nullcontext():
+        return by_first(lambda: finished(c, record)) or computed(c, forget, data, device, record)
+
+
+def computed(config: Config, forget: Method, data: Dataset, device: torch.device, record: dict) -> dict:
+    """The record of a run that is not finished, completed and written."""
+    c, path = config, f"{config.out}.state"
     earlier = by_first(lambda: read_earlier(path, load, record, ALL_THE_SAME)) if c.out else None
     state: dict = earlier or {}
     rows = state.get("mega_batches", [])
@@ -77,6 +84,7 @@ def recorded(config: Config, forget: Method) -> dict:
     except FloatingPointError as error:
         raise FloatingPointError(f"{stem} {len(rows) + 1} {of}: {error}") from error
     record |= dict(mega_batches=rows, totals=lure.totals(rows))
+    by_first(lambda: read_earlier(c.out, read_record, record))  # another run's, where files cannot be held
     if RANK == 0 and c.checkpoint:
         weights = dict(config=asdict(c), classes=data.classes, data=record["data"], weights=state["model"])
         write(c.checkpoint, partial(torch.save, weights))
@@ -171,7 +179,10 @@ FORMAT = 1  # of both
 DEFAULTS = {f.name: f.default for f in fields(Config)}  # for options that an old record lacks
 PATHS = {"data", "cache", "out", "checkpoint", "device"}  # where things are: no two runs differ by these
 # Beside configuration and data, what has to be as it was for a run to be continued to the same result.
-ALL_THE_SAME = ("format", "git_commit", "versions", "processes", "device", "instruction_set")
+ALL_THE_SAME = (
+    *("format", "git_commit", "sources", "versions"),
+    *("processes", "device", "instruction_set"),
+)
 
 
 def read_earlier(path: str, read, run: dict, keys=()) -> dict | None:
@@ -195,6 +206,10 @@ def read_earlier(path: str, read, run: dict, keys=()) -> dict | None:
     return record
 
 
+def read_record(path: str) -> dict:
+    return json.loads(Path(path).read_text())
+
+
 def alike(config: dict, other: dict) -> bool:
     """Whether two runs' settings are the same but for where things are; one may lack what came later."""
     both = [DEFAULTS | json.loads(json.dumps(of)) for of in (config, other)]
@@ -203,7 +218,7 @@ def alike(config: dict, other: dict) -> bool:
 
 def finished(config: Config, run: dict) -> dict | None:
     """The record at `config.out`, if it and the checkpoint are there. ValueError if it is of another run."""
-    record = read_earlier(config.out, lambda path: json.loads(Path(path).read_text()), run)
+    record = read_earlier(config.out, read_record, run)
     if not record or (config.checkpoint and not os.path.exists(config.checkpoint)):
         return None
     tidy(config)

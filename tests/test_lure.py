@@ -5,6 +5,8 @@ import inspect
 import json
 import math
 import pickle
+import subprocess
+import sys
 import time
 from collections import Counter
 from dataclasses import asdict, fields
@@ -16,7 +18,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import examples, same, seeded, seeds, small_config, small_data, state, timeless
+from conftest import ROOT, examples, same, seeded, seeds, small_config, small_data, state, timeless
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from torch import nn
@@ -1294,8 +1296,10 @@ def refusal(capsys, call, *words, status=2):
     with pytest.raises(SystemExit) as end:
         call(*words)
     out, err = capsys.readouterr()
-    assert end.value.code == status and err.count("\n") == 1 and err[-1] == "\n"
-    assert "mega-batch 1:" in out or out == ""
+    *progress, err = err.splitlines(keepends=True)
+    assert end.value.code == status and err[-1] == "\n"
+    assert all(line.startswith("mega-batch ") for line in progress)
+    assert out == ""
     return err
 
 
@@ -1306,7 +1310,7 @@ def strict_json(text):
 def test_the_command_line_tells_each_mega_batch_then_the_totals_and_writes_the_record(call, tmp_path, capsys):
     out = tmp_path / "record.json"
     call("--seed", 5, "--keep", 0.7, "--val-fraction", 0.2, "--keep-momentum", "--out", out)
-    *lines, last = capsys.readouterr().out.splitlines()
+    (last,), lines = (text.splitlines() for text in capsys.readouterr())
     config = small_config(seed=5, keep=0.7, val_fraction=0.2, keep_momentum=True, out=str(out))
     record, expected = strict_json(out.read_text()), rows(config)
     assert record.keys() == {"config", "totals", "mega_batches"} and record["config"] == asdict(config)
@@ -1352,13 +1356,37 @@ def test_a_wrong_call_is_one_line_and_status_2(words, call, capsys):
     assert WRONG[words] in refusal(capsys, call, *words.split())
 
 
-@pytest.mark.parametrize("name", ["there.json", "folder", "missing/x.json", "there.json/x.json"])
-def test_a_record_that_could_not_be_written_is_refused_before_the_run(name, call, tmp_path, capsys):
+UNWRITABLE = ["there.json", "folder", "missing/x.json", "there.json/x.json", "x" * 300, "/proc/x.json"]
+
+
+@pytest.mark.parametrize("name", UNWRITABLE)
+def test_a_record_that_could_not_be_written_is_refused_before_the_run(
+    name, call, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(lure, "run", lambda *args: pytest.fail("it ran"))
     (tmp_path / "there.json").write_text("kept")
     (tmp_path / "folder").mkdir()
     line = refusal(capsys, call, "--out", tmp_path / name)
-    assert f"--out {tmp_path / name}: expected a new file in a folder that is there" in line
+    assert f"--out {tmp_path / name}: expected a new file in a folder that can be written" in line
     assert (tmp_path / "there.json").read_text() == "kept" and len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_record_is_whole_or_not_there(call, tmp_path, capsys, monkeypatch):
+    def full(value, file, **options):
+        file.write("{")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(json, "dump", full)
+    assert "No space left on device" in refusal(capsys, call, "--out", tmp_path / "x.json", status=1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_read_from_a_pipe_and_no_further_does_not_end_the_run(tmp_path):
+    script = (
+        f"{sys.executable} {ROOT}/lure.py --dataset digits --mega-batches 2 --epochs 1 --out x.json | head -1"
+    )
+    done = subprocess.run(script, shell=True, cwd=tmp_path, capture_output=True, text=True)
+    assert json.loads(done.stdout) == json.loads((tmp_path / "x.json").read_text())["totals"]
 
 
 @pytest.mark.numerics

@@ -30,7 +30,7 @@ from torch import nn
 
 import baselines
 import lure
-from experiments import runs
+from experiments import files, runs
 from experiments.command import Parser
 from experiments.data import DataError
 
@@ -476,6 +476,7 @@ SPOILT = {
     "another device": (changed("device", "abacus"), "its device abacus, not"),
     "another precision": (changed("precision", "int8"), "precision int8, not"),
     "other processes": (changed("processes", 2), "its processes 2, not 1"),
+    "other code": (changed("sources", "abc"), "its sources abc, not"),
     "other instructions": (changed("instruction_set", "SSE"), "its instruction_set SSE, not"),
     "nonsense": (changed("config", {"epochs": torch.zeros(2)}), "expected what"),
     "other data": (changed("data", {"train": 9, "test": 9}), "train 9, not 120, test 9, not 60, sha256 None"),
@@ -518,6 +519,113 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tmp_path):
     assert done.returncode == 1 and done.stdout == ""
     assert re.search(r"\n-c: run.json.state: cannot be written \(.*too large\)\n$", done.stderr), done.stderr
     assert not os.listdir(tmp_path)
+
+
+def test_two_runs_that_write_one_file_are_not_run_at_once(tmp_path):
+    """The second ends with one line; of one that was killed, the same call goes on."""
+    first = start(tmp_path)
+    told = iter(first.stderr)
+    assert "mega-batch 1 of 16" in next(told)
+    for words, name in (
+        (["--out", "run.json", "--seed", "2"], "run.json"),
+        (["--out", "other.json", "--checkpoint", "run.pt", "--seed", "2"], "run.pt"),
+        (FILES, "run.json"),
+    ):
+        second = [sys.executable, ROOT / "baselines.py", *SMALL, *words]
+        done = subprocess.run(second, cwd=tmp_path, capture_output=True, text=True)
+        expected = f"baselines.py: {name}: expected no other run that writes it, but there is one\n"
+        assert (done.returncode, done.stdout, done.stderr) == (2, "", expected)
+    first.kill()
+    first.communicate()
+    assert finish(start(tmp_path))[0] == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"run.json", "run.pt"}
+
+
+def test_where_files_cannot_be_held_another_runs_record_is_not_replaced(tmp_path, monkeypatch):
+    def no_locks(*args):
+        raise OSError("Operation not supported")
+
+    monkeypatch.setattr(files.fcntl, "flock", no_locks)
+    out = tmp_path / "x.json"
+    other = json.dumps(recorded(seed=2))
+
+    def forget(*between):
+        out.write_text(other)  # by another run, meanwhile
+
+    with pytest.raises(ValueError, match="x.json: expected no file, or one of this run; found seed 2, not 1"):
+        recorded(forget, out=str(out), checkpoint=str(tmp_path / "x.pt"))
+    assert out.read_text() == other and not (tmp_path / "x.pt").exists()
+    out.unlink()
+    (tmp_path / "x.json.state").unlink()
+    assert recorded(out=str(out)) == json.loads(out.read_text())
+
+
+def test_a_state_of_code_that_was_not_committed_is_refused(tmp_path):
+    """Stopped, edited and called again, with git and without."""
+    for name in files.SOURCES:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    call = [sys.executable, "baselines.py", *SMALL, "--method", "sp", "--mega-batches", "3", *FILES]
+    stop = f"""if True:
+        import sys, lure, baselines
+        learn, done = lure.learn_, []
+        def stopped(*args):
+            done.append(1)
+            if len(done) == 2:
+                raise KeyboardInterrupt
+            return learn(*args)
+        lure.learn_ = stopped
+        sys.exit(baselines.main({call[2:]}))"""
+    done = subprocess.run([sys.executable, "-c", stop], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 130 and (tmp_path / "run.json.state").exists(), done.stderr
+    code = (tmp_path / "baselines.py").read_text()
+    (tmp_path / "baselines.py").write_text(code.replace("p.mul_(shrink)", "p.mul_(shrink / 2)"))
+    done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and re.fullmatch(
+        r".*run.json.state: .* its sources \w+, not \w+\n", done.stderr
+    )
+    (tmp_path / "baselines.py").write_text(code)
+    assert subprocess.run(call, cwd=tmp_path, capture_output=True).returncode == 0
+
+
+def test_the_code_of_a_run_is_all_that_it_imports_of_the_project():
+    script = (
+        "import sys, baselines; from pathlib import Path\n"
+        "files = [m.__file__ for m in sys.modules.values() if getattr(m, '__file__', None)]\n"
+        f"print(*(Path(f).relative_to({str(ROOT)!r}) for f in files if Path(f).parent in "
+        f"(Path({str(ROOT)!r}), Path({str(ROOT)!r}) / 'experiments')))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert set(done.stdout.split()) - {"experiments/__init__.py"} == set(files.SOURCES), done.stderr
+
+
+def plain_call(tmp_path, **variables):
+    words = [sys.executable, ROOT / "baselines.py", *SMALL]
+    without = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "MASTER_ADDR")}
+    return subprocess.run(words, cwd=tmp_path, env=without | variables, capture_output=True, text=True)
+
+
+def test_a_cluster_that_sets_the_number_of_processes_for_a_plain_call_is_told(tmp_path):
+    for variables in ({"WORLD_SIZE": "2"}, {"WORLD_SIZE": "2", "RANK": "0"}):
+        done = plain_call(tmp_path, **variables)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1
+        assert "WORLD_SIZE is 2 without " in done.stderr and "start it by torchrun" in done.stderr
+    assert plain_call(tmp_path, WORLD_SIZE="", RANK="").returncode == 0
+
+
+def test_compiling_without_a_compiler_is_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    refused(capsys, 2, "--compile: expected a C++ compiler", argv=["--compile"])
+
+
+def test_what_an_encoding_lacks_is_printed_as_an_escape(tmp_path):
+    script = (
+        "from experiments.command import guarded; import sys; sys.exit(guarded('x', lambda: print('ä − β')))"
+    )
+    environment = os.environ | {"PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True)
+    assert (done.returncode, done.stdout) == (0, "ä \\u2212 \\u03b2\n".encode("latin-1"))
 
 
 def test_a_run_without_a_record_leaves_no_state(tmp_path, monkeypatch):
