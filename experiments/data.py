@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -206,11 +207,11 @@ def decode_image(path: str, size: int) -> tuple[Tensor, int]:
             raise ValueError("it is no file")
         with Image.open(path, formats=FORMATS) as file:
             image = ImageOps.exif_transpose(file)
-            highest: int = 0
+            highest = 0
             if image.mode[0] == "I" and (image.mode != "I" or file.format in ("PNG", "PPM")):
                 # Of 16 bits; `convert` would cut off what is above 255.
                 wide = image.convert("I")
-                _, highest = wide.getextrema()
+                highest = int(np.asarray(wide).max())
                 image = wide.point(lambda value: value / 257)
             elif image.mode in ("I", "F"):
                 raise ValueError("it has 32 bits a channel, expected 8 or 16")
