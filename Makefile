@@ -28,9 +28,11 @@ help:  ## list the targets
 
 # What experiments/make.py lists, by a make of its own, so that -n, -j and -k mean what they always do.
 jobs = $(or $(patsubst -j%,%,$(filter -j%,$(MAKEFLAGS))),$(if $(filter -j,$(MAKEFLAGS)),99,1))
-plan = +@plan=$$(mktemp) && trap 'rm -f $$plan' EXIT && python3 -m experiments.make $1 --jobs $(jobs) --python $(PYTHON) \
-    --scale "$(or $2,$(SCALE),paper)" --out "$(OUT)" --data "$(DATA)" --imagenet "$(IMAGENET)" --cifar10c "$(CIFAR10C)" \
-    --datasets="$(DATASETS)" --methods="$(METHODS)" --seeds="$(SEEDS)" --args="$(ARGS)" > $$plan && $(MAKE) -f $$plan $3 all
+quoted = '$(subst ','\'',$(value $1))'
+plan = +@plan=$$(mktemp) && trap 'rm -f $$plan' EXIT && python3 -m experiments.make $1 --jobs $(jobs) --python $(call quoted,PYTHON) \
+    --scale "$(or $2,$(SCALE),paper)" --out $(call quoted,OUT) --data $(call quoted,DATA) --imagenet $(call quoted,IMAGENET) \
+    --cifar10c $(call quoted,CIFAR10C) --datasets=$(call quoted,DATASETS) --methods=$(call quoted,METHODS) \
+    --seeds=$(call quoted,SEEDS) --args=$(call quoted,ARGS) > $$plan && $(MAKE) -f $$plan $3 all
 
 demo: jobs = $(or $(patsubst -j%,%,$(filter -j%,$(MAKEFLAGS))),$(shell getconf _NPROCESSORS_ONLN))
 demo: $(READY)  ## all methods on scikit-learn's digits: a table and a figure, in under two minutes
@@ -51,13 +53,13 @@ reproduce: $(READY)  ## all tables and figures of SCALE= (paper, small or narrow
 reports: $(READY)  ## these and generations, from the runs that are there; starts none
 	$(call plan,all --incomplete)
 overview: $(READY)  ## results/README.md, from all tables and figures that are there
-	$(PYTHON) -m experiments.report overview
+	"$(PYTHON)" -m experiments.report overview
 
-NUMERICS = $(PYTHON) -m pytest -q -n auto -m numerics $(ARGS) tests
+NUMERICS = "$(PYTHON)" -m pytest -q -n auto -m numerics $(ARGS) tests
 test: $(READY)  ## the test-suite
-	$(PYTHON) -m pytest -q -n auto --dist loadfile $(ARGS) tests
+	"$(PYTHON)" -m pytest -q -n auto --dist loadfile $(ARGS) tests
 test-long: $(READY)  ## the same with 2000 examples for each property, and more than 20 kills; half an hour
-	$(PYTHON) -m pytest -q -n auto --dist loadfile --hypothesis-profile=long $(ARGS) tests
+	"$(PYTHON)" -m pytest -q -n auto --dist loadfile --hypothesis-profile=long $(ARGS) tests
 test-numerics: $(READY)  ## a part of them, as processors without AVX-512 and without AVX compute
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(NUMERICS)
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(NUMERICS)
@@ -69,16 +71,16 @@ test-oldest: .venv-oldest/installed  ## the same with the oldest torch and torch
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check --requirement .venv-oldest/requirements.txt
 	touch $@
 coverage: $(READY)  ## the branches that the tests reach, but for bench.py
-	$(PYTHON) -m coverage run -m pytest -q $(ARGS) tests
-	$(PYTHON) -m coverage combine --quiet
-	$(PYTHON) -m coverage report
+	"$(PYTHON)" -m coverage run -m pytest -q $(ARGS) tests
+	"$(PYTHON)" -m coverage combine --quiet
+	"$(PYTHON)" -m coverage report
 mutants: $(READY)  ## mutation testing: changes of the core functions that no test notices; up to an hour
-	PYTHON=$(PYTHON) tests/mutants.sh
+	PYTHON="$(PYTHON)" tests/mutants.sh
 lint: $(READY)  ## ruff: check and format; mypy: the signatures
-	$(PYTHON) -m ruff check .
-	$(PYTHON) -m ruff format --check .
-	$(PYTHON) -m mypy
+	"$(PYTHON)" -m ruff check .
+	"$(PYTHON)" -m ruff format --check .
+	"$(PYTHON)" -m mypy
 bench: $(READY)  ## the loop beside a plain one: images/s, TFLOP/s, memory, cost of unlearning
-	$(PYTHON) -m experiments.bench --out "$(or $(OUT),results/bench)" $(ARGS)
+	"$(PYTHON)" -m experiments.bench --out "$(or $(value OUT),results/bench)" $(ARGS)
 clean:  ## remove what the demo made, caches and the environment
 	rm -rf demo .cache .venv .venv-oldest mutants .coverage* .*_cache .hypothesis __pycache__ */__pycache__

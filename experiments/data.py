@@ -23,7 +23,8 @@ import lure
 from experiments.files import load, write
 from lure import Dataset
 
-DATASETS = ("digits", "cifar10", "cifar100", "folder", "restricted-imagenet")
+FOLDERS = ("folder", "restricted-imagenet")
+DATASETS = ("digits", "cifar10", "cifar100", *FOLDERS)
 RESTRICTED_IMAGENET = {  # balanced; inclusive ranges of the index of the 1000 sorted class folders
     "bird": (10, 14), "turtle": (33, 37), "lizard": (42, 46), "spider": (72, 76), "crab": (118, 122),
     "dog": (200, 204), "cat": (281, 285), "big cat": (286, 290), "beetle": (302, 306),
@@ -45,27 +46,35 @@ def load_dataset(
     `limit`, `limit_test`: a stratified sample of so many images; `shots`: of so many training images of each
     class; 0: all. The choice is the same every time. DataError if the data are not as they should be.
     """
-    if folder := name in ("folder", "restricted-imagenet"):
-        loaded = load_folders(name, Path(data), Path(cache), image_size or 32)
-    else:
-        try:
-            loaded = lure.load_dataset(name, data)
-        except OSError as error:
-            raise DataError(error) from error
-    labels, classes = loaded.labels, loaded.classes
-    if (fewest := int(labels.bincount(minlength=len(classes)).min())) < shots:
+    return part_of(load_whole(name, data, cache, image_size), name, image_size, limit, limit_test, shots)
+
+
+def load_whole(name: str, data: str, cache: str, image_size: int) -> Dataset:
+    """All images of a data set; those of folders in the size asked for, the others in their own."""
+    if name in FOLDERS:
+        return load_folders(name, Path(data), Path(cache), image_size or 32)
+    try:
+        return lure.load_dataset(name, data)
+    except OSError as error:
+        raise DataError(error) from error
+
+
+def part_of(whole: Dataset, name: str, image_size=0, limit=0, limit_test=0, shots=0) -> Dataset:
+    """The images of a data set that are asked for, in the size that is asked for."""
+    labels, classes = whole.labels, whole.classes
+    fewest = int(labels.bincount(minlength=len(classes)).min())
+    if fewest < shots:
         raise DataError(f"--shots {shots}: a class of {name} has only {fewest} training images")
-    train, test = torch.arange(len(labels)), torch.arange(len(loaded.test_labels))
-    if limit or shots or folder:  # a folder's images come class by class
+    train, test = torch.arange(len(labels)), torch.arange(len(whole.test_labels))
+    if limit or shots or name in FOLDERS:  # a folder's images come class by class
         train = stratified(labels, shots * len(classes) or limit or len(labels), equal=shots > 0)
-    if limit_test or folder:
-        test = stratified(loaded.test_labels, limit_test or len(test))
-    images, test_images = (x.contiguous() for x in (loaded.images[train], loaded.test_images[test]))
+    if limit_test or name in FOLDERS:
+        test = stratified(whole.test_labels, limit_test or len(test))
+    images, test_images = (x.contiguous() for x in (whole.images[train], whole.test_images[test]))
     if image_size and images.shape[1:3] != (image_size, image_size):
         images, test_images = resized(images, image_size), resized(test_images, image_size)
-    test_labels = loaded.test_labels[test]
-    return loaded._replace(
-        images=images, labels=labels[train], test_images=test_images, test_labels=test_labels
+    return whole._replace(
+        images=images, labels=labels[train], test_images=test_images, test_labels=whole.test_labels[test]
     )
 
 
@@ -83,7 +92,7 @@ def resized_as(config, shape: tuple[int, ...], images: Tensor) -> Tensor:
     """Images, uint8 (N, H, W, C), in the shape of a run's, as `load_dataset` has them: folders by Pillow."""
     if images.shape[1:3] == shape:
         return images
-    if config.dataset not in ("folder", "restricted-imagenet"):
+    if config.dataset not in FOLDERS:
         return resized(images, shape[0])
     height, width = shape
     pictures = [Image.fromarray(image) for image in images.numpy()]

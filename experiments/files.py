@@ -95,21 +95,28 @@ def sources() -> str:
     return hashlib.sha256(b"".join((PROJECT / name).read_bytes() for name in SOURCES)).hexdigest()
 
 
+def data_digest(data: Dataset) -> dict:
+    """How many images the data have, and the sha256 of their pixels, N × C × H × W, and labels."""
+    images = data.images.permute(0, 3, 1, 2)
+    test_images = data.test_images.permute(0, 3, 1, 2)
+    content = hashlib.sha256()
+    for tensor in (images, data.labels, test_images, data.test_labels):
+        content.update(tensor.contiguous().numpy().tobytes())
+    return dict(train=len(data.labels), test=len(data.test_labels), sha256=content.hexdigest())
+
+
 def provenance(command: list[str], device: torch.device, data: Dataset) -> dict:
     """Where a number comes from: command, git commit, code, data, versions, device."""
     git = ["git", "-C", str(PROJECT), "describe", "--always", "--dirty"]
     call = shlex.join([*git, "--abbrev=40", "--exclude=*"])  # by a shell, since there may be no git
     commit = subprocess.run(call, shell=True, capture_output=True, text=True).stdout.strip()
     processor = torch.cpu.get_capabilities().get("cpu_name") or platform.machine()
-    images, labels, test_images, test_labels = data[:4]
-    tensors = images.permute(0, 3, 1, 2), labels, test_images.permute(0, 3, 1, 2), test_labels
-    content = hashlib.sha256(b"".join(tensor.contiguous().numpy().tobytes() for tensor in tensors))
     python = ["python"] if WORLD == 1 else ["torchrun", f"--nproc-per-node={WORLD}"]
     return dict(
         command=shlex.join([*python, *command]),
         git_commit=commit or None,
         sources=sources(),
-        data=dict(train=len(data.labels), test=len(data.test_labels), sha256=content.hexdigest()),
+        data=data_digest(data),
         versions=dict(torch=str(torch.__version__), torchvision=torchvision.__version__),
         python=platform.python_version(),
         device=processor if device.type == "cpu" else torch.cuda.get_device_name(device),

@@ -7,7 +7,6 @@ Only the standard library is needed, so that `make -n` lists the runs where noth
 
 import argparse
 import os
-import re
 import shlex
 import sys
 
@@ -35,7 +34,8 @@ def command(run: Run, asked: argparse.Namespace) -> str:
     words += [f"--{option.replace('=', ' ')}" for option in (*three, *base[asked.scale].split())]
     words += [f"--method {method}", *(f"--{option}" for option in options), f"--seed {run.seed}"]
     path = run.path(asked.out)
-    return " ".join([*words, *asked.args, "--out", path, "--checkpoint", path.replace(".json", ".pt")])
+    files = ["--out", shlex.quote(path), "--checkpoint", shlex.quote(path.replace(".json", ".pt"))]
+    return " ".join([*words, *asked.args, *files])
 
 
 def measured(name: str, runs: list[Run]) -> dict[Run, str]:
@@ -46,61 +46,75 @@ def measured(name: str, runs: list[Run]) -> dict[Run, str]:
     return dict.fromkeys(runs, f".{endings[name]}.json") if name in endings else {}
 
 
-def needed(runs: dict, missing: list[str], asked: argparse.Namespace) -> list[str]:
-    """Before the runs: the shell's lines that say what was not given, or load each data set once."""
-    coming = {d: where(d, asked) for d in dict.fromkeys(run.dataset for run in runs)}
-    lack = []
-    if not asked.data and "folder" in (name for name, _ in coming.values()):
-        each = f" with {', '.join(coming)}, each" if asked.scale == "narrow" else ""
-        lack.append(f"DATA: expected DATA=<folder{each} with train/<class>/ and test/<class>/ of images>")
-    if not asked.imagenet and "restricted-imagenet" in (name for name, _ in coming.values()):
-        lack.append("IMAGENET: expected IMAGENET=<folder with train/ and val/>")
-    if not asked.cifar10c and any(path.endswith(".corruptions.json") for path in missing):
-        lack.append("CIFAR10C: expected CIFAR10C=<folder of CIFAR-10-C>")
-    if lack:
-        return [f"@echo {shlex.quote(lack[0])} >&2; exit 2"]
-    sizes = {"0", *re.findall(r"--image-size[ =](\d+)", " ".join(command(run, asked) for run in runs))}
-    load = "sys.exit(guarded(sys.argv[2], lambda: load_dataset(*sys.argv[1:4], int(sys.argv[4]))))"
-    modules = "import sys; from experiments.data import load_dataset; from experiments.command import guarded"
-    call = f"{asked.python} -c {shlex.quote(f'{modules}; {load}')}"
-    places = [place for place in coming.values() if place[0] != "digits"]
-    return [
-        f"{call} {n} {shlex.quote(folder)} .cache {size}" for n, folder in places for size in sorted(sizes)
-    ]
-
-
-def rules(asked: argparse.Namespace) -> str:
-    """A makefile: `all` renders the tables, after what is missing of their runs and measurements."""
+def planned_files(asked: argparse.Namespace) -> tuple[dict[Run, str], dict[str, str]]:
+    """The record of each run, and each file of what is measured of a run besides, with its checkpoint."""
     paths = {run: run.path(asked.out) for name in asked.tables for run in planned(name, asked)}
     also = {
         paths[run].replace(".json", ending): paths[run].replace(".json", ".pt")
         for name in asked.tables
         for run, ending in measured(name, own(name, asked)).items()
     }
+    return paths, also
+
+
+def rules(asked: argparse.Namespace) -> str:
+    """A makefile: `all` renders the tables, after what is missing of their runs and measurements."""
+    paths, also = planned_files(asked)
     missing = [path for path in (*paths.values(), *also) if not os.path.exists(path)]
+    python = shlex.quote(asked.python)
     threads = f"OMP_NUM_THREADS={max(1, (os.cpu_count() or 1) // asked.jobs)}"
-    rule = {"prepare": ("", needed(paths, missing, asked))}
+    words = " ".join(map(shlex.quote, asked.words))
+    prepare = f"@{python} -m experiments.prepare {words}"
+    if {run.dataset for run in paths} == {"digits"} and not any(map(os.path.exists, paths.values())):
+        prepare = ""  # there is nothing to load, nor to compare
+    rule: dict[str, tuple[list[str], str]] = {"prepare": ([], prepare)}
     for run, path in paths.items():
-        call = f"{threads} {asked.python} baselines.py {command(run, asked)}"
-        rule[path] = ("prepare", [call])
+        call = f"{threads} {python} baselines.py {command(run, asked)}"
+        rule[path] = (["prepare"], call)
         # A record may be there without its checkpoint, which is not kept in git: then the run is made again.
-        rule[path.replace(".json", ".pt")] = (path, [f"[ -e $@ ] || {call}"])
+        checkpoint = path.replace(".json", ".pt")
+        rule[checkpoint] = ([path], f"[ -e {shlex.quote(checkpoint)} ] || {call}")
     corruptions = f"--corruptions {shlex.quote(asked.cifar10c or 'CIFAR10C')} "
     how = {"corruptions": corruptions, "attack": "--attack ", "metrics": ""}
     for path, checkpoint in also.items():
         more = how[path.split(".")[-2]]
-        rule[path] = (checkpoint, [f"{threads} {asked.python} evaluate.py {more}{checkpoint}"])
-    reports = [f"{asked.python} -m experiments.report {' '.join(map(shlex.quote, asked.words))}"]
-    missing = [] if asked.incomplete else missing
-    rule["all"] = (" ".join(missing), reports)
+        rule[path] = ([checkpoint], f"{threads} {python} evaluate.py {more}{shlex.quote(checkpoint)}")
+    to_make = [] if asked.incomplete else missing
+    rule["all"] = (["prepare", *to_make], f"{python} -m experiments.report {words}")
     lines = ["equals := =", ".PHONY: all prepare"]
     for path, (before, recipe) in rule.items():
-        if path.endswith(".pt") or path in missing or path in ("all", "prepare"):
-            # Make would take a line with "=" for an assignment, and delete a file whose recipe it stops.
-            head = f".PRECIOUS: {path}\n{path}: | {before}".replace("=", "$(equals)")
-            lines += [head, *(f"\t{line}" for line in recipe)]
+        if path.endswith(".pt") or path in to_make or path in ("all", "prepare"):
+            name = escaped(path)
+            # Make deletes a file whose recipe it stops, but for a precious one.
+            lines.append(f".PRECIOUS: {name}")
+            lines.append(f"{name}: | {' '.join(map(escaped, before))}")
+            lines.append("\t" + recipe.replace("$", "$$"))
     return "\n".join(lines) + "\n"
 
 
+# What make can be told of a name: "=" would make a line an assignment, the others would end the name.
+ESCAPES = {"=": "$(equals)", "$": "$$", " ": r"\ ", ":": r"\:", "#": r"\#"}
+CARRIED = " $:#=/_-.,+@'"
+
+
+def escaped(path: str) -> str:
+    """The name of a file as make has to read it. ValueError for one that make cannot carry."""
+    for character in path:
+        if not character.isalnum() and character not in CARRIED:
+            names = "letters, digits and any of " + " ".join(CARRIED.strip())
+            raise ValueError(f"{path}: make cannot carry {character!r} in a name; expected {names}")
+    return "".join(ESCAPES.get(character, character) for character in path)
+
+
+def main(words: list[str]) -> int:
+    try:
+        text = rules(arguments(words))
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    sys.stdout.buffer.write(os.fsencode(text))
+    return 0
+
+
 if __name__ == "__main__":
-    print(rules(arguments(sys.argv[1:])), end="")
+    sys.exit(main(sys.argv[1:]))

@@ -185,8 +185,11 @@ ALL_THE_SAME = (
 )
 
 
-def read_earlier(path: str, read, run: dict, keys=()) -> dict | None:
-    """What an earlier call of the run left at `path`, if anything. ValueError if it is not of this run."""
+def read_earlier(path: str, read, run: dict, keys=(), but=frozenset()) -> dict | None:
+    """What an earlier call of the run left at `path`, if anything. ValueError if it is not of this run.
+
+    Beside configuration, data and precision, `keys` have to be the same; what `but` names need not be.
+    """
     if not os.path.isfile(path):
         return None
     try:
@@ -196,7 +199,8 @@ def read_earlier(path: str, read, run: dict, keys=()) -> dict | None:
             {f"its {k}": r[k] for k in ("precision", *keys)} | r["data"] | DEFAULTS | r["config"]
             for r in (record, run)
         )
-        odd = [k for k in there | here if k not in {"precision", *PATHS} and there.get(k) != here.get(k)]
+        free = {"precision", *PATHS, *but}
+        odd = [k for k in there | here if k not in free and there.get(k) != here.get(k)]
     except Exception as error:
         kind = type(error).__name__
         raise ValueError(f"{path}: expected what a call of this run wrote, or no file ({kind})") from error
