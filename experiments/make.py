@@ -65,7 +65,7 @@ def rules(asked: argparse.Namespace) -> str:
     threads = f"OMP_NUM_THREADS={max(1, (os.cpu_count() or 1) // asked.jobs)}"
     words = " ".join(map(shlex.quote, asked.words))
     prepare = f"@{python} -m experiments.prepare {words}"
-    if {run.dataset for run in paths} == {"digits"} and not any(map(os.path.exists, paths.values())):
+    if asked.scale == "demo" and not any(map(os.path.exists, paths.values())):
         prepare = ""  # there is nothing to load, nor to compare
     rule: dict[str, tuple[list[str], str]] = {"prepare": ([], prepare)}
     for run, path in paths.items():
