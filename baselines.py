@@ -6,12 +6,12 @@
 Every method has the signature of `lure.lure_`, which tells what it gets and does, and settings of its own.
 """
 
-import contextlib
 import inspect
 import math
 import sys
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +27,11 @@ def warm_start(model, pi, upcoming, fresh, generator) -> None:
 
 
 def scratch_(model, pi, upcoming, fresh, generator) -> None:
-    """A new network, parameters and running statistics, for every mega-batch."""
-    model.load_state_dict(fresh().state_dict())
+    """A new network, parameters and running statistics, for every mega-batch; what is frozen stays."""
+    new = like(model, fresh())
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    kept = {name: t for name, t in model.state_dict().items() if name in frozen}
+    model.load_state_dict(new.state_dict() | kept)
 
 
 # ------------------------------------------------------------ Every weight a little
@@ -38,7 +41,7 @@ def shrink_and_perturb_(model, pi, upcoming, fresh, generator, shrink=0.4, noise
     θ_fresh is a newly initialised network. Defaults: LURE's (Appendix A.2); the method's own are 0.4, 0.1.
     """
     with torch.no_grad():
-        for p, new in zip(model.parameters(), fresh().parameters(), strict=True):
+        for p, new in trained(model, like(model, fresh())):
             p.mul_(shrink).add_(new, alpha=noise)
 
 
@@ -50,15 +53,15 @@ def dash_(model, pi, upcoming, fresh, generator, alpha=0.3, floor=0.3) -> None:
     w of a weight is scaled by clamp(cos(G_w, w), floor, 1): the kernel between an input and an output channel
     of a convolution, a row of a linear layer, the bias of either. The defaults are the method's.
     """
-    layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
-    parameters = [p for m in layers for p in (m.weight, m.bias) if p is not None and p.requires_grad]
+    parameters = [p for layer in layers_of(model).values() for p in (layer.weight, layer.bias)]
+    parameters = [p for p in dict.fromkeys(parameters) if p is not None and p.requires_grad]
     momentum = [torch.zeros_like(p) for p in parameters]
     for images, labels in upcoming():
         for g, gradient in zip(momentum, loss_gradient(model, parameters, images, labels), strict=True):
             g.mul_(1 - alpha).sub_(gradient, alpha=alpha)
     with torch.no_grad():
         for p, g in zip(parameters, momentum, strict=True):
-            groups = p.shape[:2] if p.ndim == 4 else p.shape[:1] if p.ndim == 2 else (1,)
+            groups = p.shape[:2] if p.ndim > 2 else p.shape[:1] if p.ndim == 2 else (1,)
             g, w = g.reshape(*groups, -1), p.reshape(*groups, -1)
             tiny = torch.finfo(w.dtype).tiny  # the default of 1e-8 is more than some gradients
             cosine = F.cosine_similarity(g, w, dim=-1, eps=tiny)
@@ -72,16 +75,16 @@ def fire_(model, pi, upcoming, fresh, generator, steps=10) -> None:
     out × in, and each of the k · k spatial slices of a convolution; W becomes √(out / in) / (k · k) · X.
     No data. In ten steps, the method's default, small singular values do not arrive.
     """
+    weights = [layer.weight for layer in layers_of(model).values() if layer.weight.requires_grad]
     with torch.no_grad():
-        for m in model.modules():
-            if isinstance(m, (nn.Conv2d, nn.Linear)):
-                w = m.weight.reshape(*m.weight.shape[:2], -1).permute(2, 0, 1)  # (k · k, out, in)
-                x = w / w.norm(dim=(1, 2), keepdim=True).clamp(min=torch.finfo(w.dtype).tiny)
-                for _ in range(steps):
-                    gram = x @ x.mT if x.shape[1] <= x.shape[2] else x.mT @ x  # the smaller of the two
-                    x = 1.5 * x - 0.5 * (gram @ x if x.shape[1] <= x.shape[2] else x @ gram)
-                scale = (w.shape[1] / w.shape[2]) ** 0.5 / len(w)
-                m.weight.copy_((scale * x).permute(1, 2, 0).reshape(m.weight.shape))
+        for weight in weights:
+            w = weight.reshape(*weight.shape[:2], -1).permute(2, 0, 1)  # (k · k, out, in)
+            x = w / w.norm(dim=(1, 2), keepdim=True).clamp(min=torch.finfo(w.dtype).tiny)
+            for _ in range(steps):
+                gram = x @ x.mT if x.shape[1] <= x.shape[2] else x.mT @ x  # the smaller of the two
+                x = 1.5 * x - 0.5 * (gram @ x if x.shape[1] <= x.shape[2] else x @ gram)
+            scale = (w.shape[1] / w.shape[2]) ** 0.5 / len(w)
+            weight.copy_((scale * x).permute(1, 2, 0).reshape(weight.shape))
 
 
 # ------------------------------------------------------------ Some layers wholly
@@ -89,12 +92,15 @@ def later_layer_forgetting_(model, pi, upcoming, fresh, generator) -> None:
     """Redraw the later layers (LLF, Zhou et al. 2022, arXiv 2202.00155), as a fresh network's.
 
     Blocks 3 and 4 of a ResNet (Appendix A.2); of VGG the last two convolution stages and the classifier.
+    ValueError for another network.
     """
+    features = getattr(model, "features", None)
+    stages = [*features] if isinstance(features, nn.Sequential) else []
+    pools = [i for i, stage in enumerate(stages) if isinstance(stage, nn.MaxPool2d)]
     if hasattr(model, "layer4"):
         later = ["layer3", "layer4"]
-    elif isinstance(features := getattr(model, "features", None), nn.Sequential):
-        pools = [i for i, m in enumerate(features) if isinstance(m, nn.MaxPool2d)]
-        later = ["classifier", *(f"features.{i}" for i in range(pools[-2], len(features)))]
+    elif len(pools) >= 2 and hasattr(model, "classifier"):
+        later = ["classifier", *(f"features.{i}" for i in range(pools[-2], len(stages)))]
     else:
         raise ValueError(f"llf: expected a ResNet or a VGG, got {type(model).__name__}")
     redraw_layers_(model, fresh(), later)
@@ -103,14 +109,16 @@ def later_layer_forgetting_(model, pi, upcoming, fresh, generator) -> None:
 def reset_classifier_(model, pi, upcoming, fresh, generator) -> None:
     """Redraw the classifier alone (RIFLE, Li et al. 2020), as a fresh network's: the last linear layer."""
     linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    if not linear:
+        raise ValueError(f"rifle: expected a linear layer in {type(model).__name__}, found none")
     redraw_layers_(model, fresh(), [linear[-1]])
 
 
 def redraw_layers_(model, new, layers: list[str]) -> None:
+    new = like(model, new)
     with torch.no_grad():
         for layer in layers:
-            both = (network.get_submodule(layer).parameters() for network in (model, new))
-            for p, q in zip(*both, strict=True):
+            for p, q in trained(model.get_submodule(layer), new.get_submodule(layer)):
                 p.copy_(q)
 
 
@@ -123,19 +131,59 @@ def knowledge_evolution_(model, pi, upcoming, fresh, generator, split=0.8) -> di
     The others are redrawn as a fresh network's; both released codes draw from U(−1/√fan_in, 1/√fan_in), whose
     deviation is smaller, up to 2.4 times. Returns the mask, True where a weight was kept.
     """
-    layers = [(n, m.weight) for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    layers = layers_of(model)
+    new = dict(like(model, fresh()).named_parameters())
     mask = {}
-    for i, (name, weight) in enumerate(layers):
-        outputs, inputs = (math.ceil(split * size) for size in weight.shape[:2])
-        kept = torch.zeros_like(weight, dtype=torch.bool)
+    for i, (name, layer) in enumerate(layers.items()):
+        outputs, inputs = (math.ceil(split * size) for size in layer.weight.shape[:2])
+        kept = torch.zeros_like(layer.weight, dtype=torch.bool)
         kept[: outputs if i + 1 < len(layers) else None, : inputs if i > 0 else None] = True
-        mask[f"{name}.weight"] = kept
-    new = dict(fresh().named_parameters())
+        mask[f"{name}.weight"] = kept | (not layer.weight.requires_grad)
     with torch.no_grad():
         for name, kept in mask.items():
             p = model.get_parameter(name)
             p.copy_(torch.where(kept, p, new[name]))
     return mask
+
+
+# ------------------------------------------------------------ What methods work on
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def layers_of(model: nn.Module) -> dict[str, Any]:
+    """The convolutions and linear layers, by name, each weight once; frozen ones may be among them.
+
+    ValueError, so that no part is left out without a word, if there is none, if another module has a weight
+    of two or more dimensions that is trained, or if a weight is computed from others (a parametrization).
+    """
+    layers: dict[int, tuple[str, Any]] = {}
+    for name, module in model.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        if isinstance(module, (*CONVOLUTIONS, nn.Linear)):
+            if "weight" not in own:
+                raise ValueError(f"{name}.weight: expected a parameter, it is computed from others")
+            layers.setdefault(id(module.weight), (name, module))
+        elif others := [key for key, p in own.items() if p.ndim > 1 and p.requires_grad]:
+            kind = type(module).__name__
+            raise ValueError(f"{name}.{others[0]}: expected convolutions, linear layers; freeze this {kind}")
+    if not layers:
+        raise ValueError(f"expected convolutions or linear layers in {type(model).__name__}, found none")
+    return dict(layers.values())
+
+
+def like(model: nn.Module, new: nn.Module) -> nn.Module:
+    """The new network. ValueError if its parameters are not named and shaped as the model's."""
+    mine, its = ({name: p.shape for name, p in m.named_parameters()} for m in (model, new))
+    if mine != its:
+        name = next(iter(dict(mine.items() ^ its.items())))
+        raise ValueError(f"{name}: fresh() has other parameters; of a compiled network pass the original")
+    return new
+
+
+def trained(model: nn.Module, new: nn.Module):
+    """Each parameter that is not frozen, and the new network's in its place."""
+    both = zip(model.parameters(), new.parameters(), strict=True)
+    return ((p, q) for p, q in both if p.requires_grad)
 
 
 # ------------------------------------------------------------ LURE with another criterion (Table 8)
@@ -180,7 +228,7 @@ def fisher_information(model, images, labels, chunk=1) -> dict[str, Tensor]:
 
     In evaluation mode; with the default of one sample, the diagonal of the empirical Fisher information.
     """
-    weights = connections(model)
+    weights = lure.connections(model)
     scores = {name: torch.zeros_like(p) for name, p in weights.items()}
     for x, y in zip(images.split(chunk), labels.split(chunk), strict=True):
         for s, g in zip(scores.values(), loss_gradient(model, [*weights.values()], x, y), strict=True):
@@ -189,17 +237,12 @@ def fisher_information(model, images, labels, chunk=1) -> dict[str, Tensor]:
 
 
 def magnitudes(model) -> dict[str, Tensor]:
-    return {name: p.detach().abs() for name, p in connections(model).items()}
+    return {name: p.detach().abs() for name, p in lure.connections(model).items()}
 
 
 def random_scores(model, generator) -> dict[str, Tensor]:
     draw = lambda p: torch.rand(p.shape, generator=generator, device=generator.device).to(p.device)  # noqa: E731
-    return {name: draw(p) for name, p in connections(model).items()}
-
-
-def connections(model) -> dict[str, Tensor]:
-    """The weights that unlearning ranks: those of `lure.connection_sensitivity`."""
-    return {name: p for name, p in model.named_parameters() if p.ndim >= 2 and p.requires_grad}
+    return {name: draw(p) for name, p in lure.connections(model).items()}
 
 
 def keep_top_(model, scores, keep, generator) -> dict[str, Tensor]:
@@ -209,26 +252,18 @@ def keep_top_(model, scores, keep, generator) -> dict[str, Tensor]:
 
 
 def loss_gradient(model, parameters, images, labels, chunk=64) -> list[Tensor]:
-    """∂L/∂θ for each of `parameters`, L the mean cross-entropy over all images, in evaluation mode."""
-    total = [torch.zeros_like(p) for p in parameters]
-    with evaluating(model):
-        for x, y in zip(images.split(chunk), labels.split(chunk), strict=True):
-            loss = F.cross_entropy(model(x), y, reduction="sum") / len(labels)
-            parts = torch.autograd.grad(loss, parameters, materialize_grads=True)
-            total = [t + part for t, part in zip(total, parts, strict=True)]
-    return total
+    """∂L/∂θ for each of `parameters`, L the mean cross-entropy of all images, in evaluation mode.
 
+    Labels of −100 do not count; ValueError if there is no other.
+    """
+    total = int((labels != -100).sum())
+    if total == 0:
+        raise ValueError("expected labeled images, got none")
 
-@contextlib.contextmanager
-def evaluating(model: nn.Module):
-    """Evaluation mode, and afterwards the training flags as they were."""
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, flag in training.items():
-            module.training = flag
+    def share_of_mean(logits, labels):
+        return F.cross_entropy(logits, labels, reduction="sum") / total
+
+    return lure.gradient_of_sum(model, parameters, lure.chunks(chunk, images, labels), share_of_mean)
 
 
 # ------------------------------------------------------------ Command line

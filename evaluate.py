@@ -7,7 +7,6 @@ python evaluate.py lure-1.pt --corruptions CIFAR-10-C    # writes lure-1.corrupt
 
 import argparse
 import contextlib
-import copy
 import json
 import statistics
 import sys
@@ -21,12 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lure
-from baselines import evaluating, fisher_information, magnitudes, random_scores
+from baselines import fisher_information, magnitudes, random_scores
 from experiments import runs
 from experiments.command import Parser, guarded
 from experiments.data import DataError, resized_as
 from experiments.files import load, provenance, write_text
-from lure import Dataset, expected_calibration_error
+from lure import Dataset, chunks, evaluating, expected_calibration_error
 
 
 # ------------------------------------------------------------ Metrics (sections 6 and 7)
@@ -50,10 +49,13 @@ def pgd_attack(model, images, labels, epsilon, steps=10, step_size=None, generat
     `images` (N, C, H, W) float in [0, 1], `labels` (N,) int64, `epsilon` the radius. Takes `steps` steps of
     `step_size`, by default 2.5 · epsilon / steps, along the sign of the loss's gradient, in evaluation mode,
     from the image or, with a generator, from a uniform draw in the ball. Returns detached images in the ball
-    and in [0, 1]; gradients and training flags stay as they were. ValueError for epsilon < 0 or steps < 1.
+    and in [0, 1]; gradients and training flags stay as they were. ValueError for epsilon < 0, steps < 1 or
+    images that are not in [0, 1], as normalised ones: a network that expects those normalises within.
     """
     if not epsilon >= 0 or steps < 1:
         raise ValueError(f"expected epsilon >= 0 and steps >= 1, got {epsilon} and {steps}")
+    if not ((images >= 0) & (images <= 1)).all():
+        raise ValueError(f"expected images in [0, 1], got {float(images.min())} to {float(images.max())}")
     step_size = 2.5 * epsilon / steps if step_size is None else step_size
     lower, upper = (images - epsilon).clamp(0, 1).detach(), (images + epsilon).clamp(0, 1).detach()
     attacked = images.detach().clone()
@@ -71,13 +73,14 @@ def pgd_attack(model, images, labels, epsilon, steps=10, step_size=None, generat
 
 def predict(model: nn.Module, images: Tensor, chunk: int = 128) -> Tensor:
     """Logits (N, classes) of float images (N, C, H, W) in [0, 1], in evaluation mode."""
-    with torch.inference_mode(), evaluating(model):
-        return torch.cat([model(part) for part in images.split(chunk)])
+    with torch.no_grad(), evaluating(model):
+        return torch.cat([model(part) for (part,) in chunks(chunk, images)])
 
 
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     """Top-1 accuracy in percent of float images (N, C, H, W) in [0, 1], in evaluation mode."""
-    return 100 * predict(model, images).argmax(1).eq(labels).double().mean().item()
+    correct = int(predict(model, images).argmax(1).eq(labels).sum())
+    return 100 * (correct / len(labels))
 
 
 CORRUPTIONS = [
@@ -181,12 +184,15 @@ def redrawing_accuracy(
 
 @contextlib.contextmanager
 def restored(model: nn.Module):
-    """Afterwards the parameters are what they were, bit by bit."""
-    saved = copy.deepcopy(model.state_dict())
+    """Afterwards the parameters and buffers are what they were, bit by bit."""
+    tensors = [*model.parameters(), *model.buffers()]
+    saved = [t.detach().clone() for t in tensors]
     try:
         yield
     finally:
-        model.load_state_dict(saved)
+        with torch.no_grad():
+            for t, before in zip(tensors, saved, strict=True):
+                t.copy_(before)
 
 
 # ------------------------------------------------------------ A checkpoint's metrics

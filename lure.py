@@ -81,63 +81,59 @@ class Config:
             object.__setattr__(self, "arch", "small" if self.dataset == "digits" else "resnet18")
 
 
-# ------------------------------------------------------------ Stream (section 3)
-class MegaBatch(NamedTuple):
-    train: Tensor  # int64 indices of what to train on now, replay included
-    val: Tensor  # this mega-batch's validation part
-    new: Tensor  # this mega-batch's training part
+# ------------------------------------------------------------ Unlearn (section 3): score, keep, redraw
+def unlearn_(model, images, labels, keep=0.8, generator=None, loss=F.cross_entropy, chunk=64):
+    """LURE's step on the sample π = (images, labels): redraw the weights that matter least for it.
 
-
-def mega_batches(
-    num_samples: int, num_mega_batches: int, replay="full", buffer_size=187, val_fraction=0.1, generator=None
-) -> list[MegaBatch]:
-    """Divide the samples at random into mega-batches of one size (±1), int64 index tensors on the CPU.
-
-    `val` is round(val_fraction · size) of it, but at least one, and `new` the rest. `train` is `new` and, of
-    the `new` before, all (replay "full"), nothing ("none") or at most `buffer_size`, a uniform sample of them
-    ("buffer": what has left it never returns). ValueError where nothing would be left to train on.
+    The arguments are those of the three functions that it calls. In place, of weights on one device; returns
+    the mask, True where a weight was kept. What the loss does not reach in evaluation mode, as an auxiliary
+    head, scores 0 and goes first; `requires_grad_(False)` spares a weight. Of several processes, send the
+    first's weights to all afterwards. ValueError, before anything changes, also if all scores are 0.
     """
-    parts = torch.randperm(num_samples, generator=generator).tensor_split(num_mega_batches)
-    priority = torch.randperm(num_samples, generator=generator)  # the buffer holds those that are first by it
-    stream, earlier = [], torch.empty(0, dtype=torch.int64)
-    for part in parts:
-        val, new = part.tensor_split([max(1, round(val_fraction * len(part)))])
-        if len(new) == 0:
-            raise ValueError(f"{num_samples} samples do not make {num_mega_batches} mega-batches to train on")
-        replayed = {"full": len(earlier), "buffer": buffer_size, "none": 0}[replay]
-        stream.append(MegaBatch(torch.cat([new, earlier[priority[earlier].argsort()][:replayed]]), val, new))
-        earlier = torch.cat([earlier, new])
-    return stream
+    scores = connection_sensitivity(model, images, labels, loss, chunk)
+    if not any(s.any() for s in scores.values()):
+        raise ValueError("the loss depends on no weight: all sensitivities are 0")
+    mask = top_k_mask(scores, keep)
+    reinitialize_(model, mask, generator)
+    return mask
 
 
-# ------------------------------------------------------------ Unlearn: sensitivity, mask, reinitialisation
 def connection_sensitivity(model, images, labels, loss=F.cross_entropy, chunk=64) -> dict[str, Tensor]:
     """SNIP's connection sensitivity s_j = |g_j| / Σ_k |g_k|, g of Eq. 2 (Lee et al. 2018, arXiv 1810.02340).
 
     `images` (N, …) go to the model unchanged, `chunk` at a time; `labels` (N, …). `loss(output, labels)` is a
-    mean over samples, of equal weight; L is that over all N, in evaluation mode. Returns, for each parameter
-    of two or more dimensions that requires a gradient (biases and most normalisations have one dimension),
-    scores >= 0 of its shape, float32 at least; their sum is 1, or 0. Model and gradients stay as they were.
+    mean over samples, each of the same weight (of one that weighs them, pass a chunk of N); the default's
+    leaves out labels of −100. L is that over all N, in evaluation mode. Returns, for each parameter of two or
+    more dimensions that requires a gradient (biases and most normalisations have one dimension), scores >= 0
+    of its shape, float32 at least; their sum is 1, or 0. Model and gradients stay as they were. ValueError if
+    there is no such parameter, or no sample.
+
+    Of layers that compute over a batch, as normalisation without running statistics, scores depend on the
+    chunk. A row that is not trained, as `padding_idx`'s, scores 0: put it back afterwards. In float16 many
+    scores are exactly 0. An LSTM on CUDA needs `torch.backends.cudnn.flags(enabled=False)`, checkpointed
+    layers `use_reentrant=False`. Quantisation observers move; complex weights are not supported.
     """
-    weights = {name: p for name, p in model.named_parameters() if p.ndim >= 2 and p.requires_grad}
-    gradients = [torch.zeros_like(p) for p in weights.values()]
-    training = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        with torch.enable_grad(), torch.autocast(labels.device.type, enabled=False):
-            for x, y in zip(images.split(chunk), labels.split(chunk), strict=True):
-                part = loss(model(x), y) * (len(y) / len(labels))
-                more = torch.autograd.grad(part, [*weights.values()], materialize_grads=True)
-                gradients = [g + m for g, m in zip(gradients, more, strict=True)]
-    finally:
-        for module, flag in training.items():
-            module.training = flag
+    weights = connections(model)
+
+    def counted(labels):
+        return int((labels != -100).sum()) if loss is F.cross_entropy else len(labels)
+
+    total = counted(labels)
+    if total == 0:
+        raise ValueError("expected samples to score the weights by, got none")
+
+    def share_of_mean(output, labels):
+        return loss(output, labels) * (counted(labels) / total)
+
+    parts = [(x, y) for x, y in chunks(chunk, images, labels) if counted(y)]
+    gradients = gradient_of_sum(model, [*weights.values()], parts, share_of_mean)
     scores = {}
-    for (name, p), g in zip(weights.items(), gradients, strict=True):
+    for (name, weight), gradient in zip(weights.items(), gradients, strict=True):
         # g is a derivative by the mask, not by the weight: the loss sees m·θ, so ∂L/∂m = θ·∂L/∂θ at m = 1.
-        scores[name] = (p.detach().to(torch.promote_types(p.dtype, torch.float32)) * g).abs()
-    total = sum(s.sum(dtype=torch.float64) for s in scores.values())
-    return {name: s / total if total > 0 else s for name, s in scores.items()}
+        at_least_float32 = torch.promote_types(weight.dtype, torch.float32)
+        scores[name] = (weight.detach().to(at_least_float32) * gradient).abs()
+    norm = sum(float(s.cpu().sum(dtype=torch.float64)) for s in scores.values())
+    return {name: s / norm if norm > 0 else s for name, s in scores.items()}
 
 
 def top_k_mask(scores: dict[str, Tensor], keep: float) -> dict[str, Tensor]:
@@ -154,7 +150,8 @@ def top_k_mask(scores: dict[str, Tensor], keep: float) -> dict[str, Tensor]:
     flat = torch.cat([s.flatten() for s in scores.values()])
     mask = torch.zeros_like(flat, dtype=torch.bool)
     mask[flat.sort(descending=True, stable=True).indices[:k]] = True
-    return {name: part.view_as(scores[name]) for name, part in zip(scores, mask.split(sizes), strict=True)}
+    parts = zip(scores.items(), mask.split(sizes), strict=True)
+    return {name: part.view_as(s) for (name, s), part in parts}
 
 
 def reinitialize_(model: nn.Module, mask: dict[str, Tensor], generator=None) -> None:
@@ -162,24 +159,102 @@ def reinitialize_(model: nn.Module, mask: dict[str, Tensor], generator=None) -> 
 
     `mask`: parameter name → bool tensor of its shape. New values, as in the released code: U(−1/√fan_in,
     1/√fan_in), fan_in the product of all dimensions but the first, drawn on the generator's device.
+    ValueError, before anything changes, for a mask that is not of this model's parameters.
     """
     parameters = dict(model.named_parameters())
+    for name, m in mask.items():
+        if name not in parameters or parameters[name].shape != m.shape:
+            raise ValueError(f"{name}: the mask has it, with shape {tuple(m.shape)}, and the model has not")
     with torch.no_grad():
         for name, m in mask.items():
-            p, bound = parameters[name], 1 / math.sqrt(math.prod(m.shape[1:]))
-            drawn = torch.empty(int((~m).sum()), dtype=p.dtype, device=(generator or p).device)
+            p = parameters[name]
+            number = int((~m).sum())
+            if number == 0:
+                continue
+            bound = 1 / math.sqrt(math.prod(m.shape[1:]))
+            drawn = torch.empty(number, dtype=p.dtype, device=(generator or p).device)
             p[~m] = drawn.uniform_(-bound, bound, generator=generator).to(p.device)
 
 
-def unlearn_(model, images, labels, keep=0.8, generator=None, loss=F.cross_entropy, chunk=64):
-    """LURE's step on the sample π = (images, labels): score, keep, redraw, as in the three above.
+def connections(model: nn.Module) -> dict[str, Tensor]:
+    """The weights that unlearning ranks: parameters of two or more dimensions that require a gradient."""
+    if any(nn.parameter.is_lazy(p) for p in model.parameters()):
+        raise ValueError("expected a network whose lazy layers have been called once")
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    weights: dict[str, Tensor] = {name: p for name, p in trained.items() if p.ndim >= 2}
+    if not weights:
+        raise ValueError("found no weight to rank, of two or more dimensions and with a gradient")
+    return weights
 
-    In place, of weights on one device; returns the mask, True where one was kept. Of several processes, send
-    the first's weights to all afterwards. ValueError as by `top_k_mask`.
+
+def gradient_of_sum(model, parameters, parts, loss) -> list[Tensor]:
+    """∂/∂θ, for each of `parameters`, of Σ loss(model(x), y) over the parts (x, y), in evaluation mode."""
+    gradients = [torch.zeros_like(p) for p in parameters]
+    device = parameters[0].device.type
+    with evaluating(model), torch.enable_grad(), torch.autocast(device, enabled=False):
+        for x, y in parts:
+            more = torch.autograd.grad(loss(model(x), y), parameters, materialize_grads=True)
+            gradients = [g + m for g, m in zip(gradients, more, strict=True)]
+    return gradients
+
+
+def chunks(size: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The samples of all tensors, `size` at a time; ValueError if they have not as many.
+
+    A last sample alone, which some layers refuse, joins the chunk before.
     """
-    mask = top_k_mask(connection_sensitivity(model, images, labels, loss, chunk), keep)
-    reinitialize_(model, mask, generator)
-    return mask
+    number = len(tensors[0])
+    if any(len(tensor) != number for tensor in tensors):
+        raise ValueError(f"expected as many samples in each, got {[len(tensor) for tensor in tensors]}")
+    starts = [*range(size, number, size)]
+    if size > 1 and starts and starts[-1] == number - 1:
+        starts.pop()
+    return zip(*(tensor.tensor_split(starts) for tensor in tensors), strict=True)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; then every module's mode as it was, by its own `train`, parents first."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            if module.training != mode:
+                module.train(mode)
+
+
+# ------------------------------------------------------------ Stream (section 3)
+class MegaBatch(NamedTuple):
+    train: Tensor  # int64 indices of what to train on now, replay included
+    val: Tensor  # this mega-batch's validation part
+    new: Tensor  # this mega-batch's training part
+
+
+def mega_batches(
+    num_samples: int, num_mega_batches: int, replay="full", buffer_size=187, val_fraction=0.1, generator=None
+) -> list[MegaBatch]:
+    """Divide the samples at random into mega-batches of one size (±1), int64 index tensors on the CPU.
+
+    `val` is round(val_fraction · size) of it, but at least one, and `new` the rest. `train` is `new` and, of
+    the `new` before, all (replay "full"), nothing ("none") or at most `buffer_size`, a uniform sample of them
+    ("buffer": what has left it never returns). ValueError for another replay, a size below 0, or where
+    nothing would be left to train on.
+    """
+    if replay not in ("full", "buffer", "none") or buffer_size < 0:
+        raise ValueError(f"expected replay full, buffer or none, of 0 or more; got {replay}, {buffer_size}")
+    parts = torch.randperm(num_samples, generator=generator).tensor_split(num_mega_batches)
+    priority = torch.randperm(num_samples, generator=generator)  # the buffer holds those that are first by it
+    stream, earlier = [], torch.empty(0, dtype=torch.int64)
+    for part in parts:
+        val, new = part.tensor_split([max(1, round(val_fraction * len(part)))])
+        if len(new) == 0:
+            raise ValueError(f"{num_samples} samples do not make {num_mega_batches} mega-batches to train on")
+        replayed = {"full": len(earlier), "buffer": buffer_size, "none": 0}[replay]
+        stream.append(MegaBatch(torch.cat([new, earlier[priority[earlier].argsort()][:replayed]]), val, new))
+        earlier = torch.cat([earlier, new])
+    return stream
 
 
 # ------------------------------------------------------------ Metrics (sections 4 and 7.1)
@@ -192,11 +267,19 @@ def expected_calibration_error(probabilities: Tensor, labels: Tensor, bins: int 
     """ECE = Σ_b (n_b/N) · |acc_b − conf_b| (Naeini et al. 2015; section 7.1), in [0, 1].
 
     `probabilities` (N, C) float, `labels` (N,) int64; b: the bins (i/B, (i+1)/B] of the top-1 confidence.
+    ValueError for what is no probability, as a logit.
     """
-    confidence, prediction = probabilities.double().max(dim=1)
-    edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64, device=labels.device)
-    bin, excess = torch.bucketize(confidence, edges[1:-1]), confidence - prediction.eq(labels).double()
-    return float(torch.zeros_like(edges).index_add_(0, bin, excess).abs().sum() / len(labels))
+    probabilities = probabilities.cpu().double()
+    if not (probabilities >= 0).all() or not ((probabilities.sum(dim=1) - 1).abs() <= 0.01).all():
+        raise ValueError("expected probabilities, in [0, 1] and of sum 1, not logits, logarithms or percent")
+    confidence, prediction = probabilities.max(dim=1)
+    correct = prediction.eq(labels.cpu()).double()
+    edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64)
+    bin = torch.bucketize(confidence, edges[1:-1])
+    # In each bin, n_b · (conf_b − acc_b) is the sum of what its samples are too confident.
+    excess = torch.zeros_like(edges)
+    excess.index_add_(0, bin, confidence - correct)
+    return float(excess.abs().sum() / len(labels))
 
 
 # ------------------------------------------------------------ Data, on the device from the start
@@ -362,10 +445,9 @@ def learn_(model, optimizer, data: Dataset, train: Tensor, val: Tensor, config, 
 
 def evaluate(model: nn.Module, pixels: Tensor, labels: Tensor) -> dict:
     """Accuracy (percent), errors, loss, ECE ([0, 1]), not augmented. FloatingPointError: loss not finite."""
-    with torch.inference_mode():
-        model.eval()
-        parts = pixels.split(128)  # on a CPU, larger ones are half as fast: their memory is new each time
-        logits = torch.cat([model(to_input(part)) for part in parts])
+    with torch.no_grad(), evaluating(model):
+        parts = chunks(128, pixels)  # on a CPU, larger ones are half as fast: their memory is new each time
+        logits = torch.cat([model(to_input(part)) for (part,) in parts])
         errors, loss = int((logits.argmax(1) != labels).sum()), float(F.cross_entropy(logits, labels))
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss}; a smaller --lr may help")
@@ -381,7 +463,10 @@ def lure_(model, pi, upcoming, fresh, generator, keep=0.8) -> dict[str, Tensor]:
     labels), images float in [0, 1], not augmented. `upcoming()` yields such pairs of what is trained on next,
     mega-batch by mega-batch, the new one last. `fresh()` builds a new network. The generator is on the CPU.
     """
-    return unlearn_(model, pi[0], pi[1], keep, generator)
+    try:
+        return unlearn_(model, pi[0], pi[1], keep, generator)
+    except ValueError as error:
+        raise FloatingPointError(f"the network cannot be unlearned: {error}") from error
 
 
 def draw_stream(config: Config, data: Dataset) -> tuple[Dataset, list[MegaBatch]]:

@@ -35,7 +35,6 @@ from torchvision import transforms
 from torchvision.datasets import VisionDataset
 
 import lure
-from baselines import connections
 from experiments.bench_tables import DISTURBED, SECTIONS, markdown
 from experiments.command import Parser, guarded
 from experiments.files import provenance, write_text
@@ -117,7 +116,7 @@ def sensitivity(config: Config, size: int, device: torch.device):
 def redrawing(config: Config, device: torch.device):
     """Mask and reinitialisation, of random scores."""
     model, _ = build(config, random_data(config, 1).to(device))
-    scores = {name: torch.rand_like(p) for name, p in connections(model).items()}
+    scores = {name: torch.rand_like(p) for name, p in lure.connections(model).items()}
     return lambda: lure.reinitialize_(model, lure.top_k_mask(scores, config.keep), torch.Generator())
 
 
@@ -283,7 +282,8 @@ def unlearning(config: Config, size: int, device: torch.device) -> dict:
     """Time of unlearning once by `size` images, and its memory, for which 64 are enough."""
     progress(f"unlearning {config.arch} by {size} images")
     result = dict(arch=config.arch, images=size)
-    result["weights"] = sum(p.numel() for p in connections(build(config, random_data(config, 1))[0]).values())
+    model, _ = build(config, random_data(config, 1))
+    result["weights"] = sum(p.numel() for p in lure.connections(model).values())
     sensitivity(config, 64, device)()  # the warm-up
     result["sensitivity_seconds"] = seconds(sensitivity(config, size, device), device)
     result["sensitivity_mib"] = peak_memory(partial(sensitivity, config, 64, device), device)

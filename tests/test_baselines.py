@@ -6,6 +6,7 @@ from itertools import product
 
 import pytest
 import torch
+import torchvision
 from conftest import SMALL, examples, same, seeded, seeds, small_config, small_data, state, timeless
 from hypothesis import given
 from hypothesis import strategies as st
@@ -454,9 +455,179 @@ def test_the_loss_gradient_takes_64_images_at_a_time_as_many_labels_and_idle_par
     sizes = []
     model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
     parameters = [*model.parameters(), nn.Parameter(torch.ones(2))]
-    assert not baselines.loss_gradient(model, parameters, images, labels)[-1].any() and sizes == [64, 1]
-    with pytest.raises(ValueError):
+    assert not baselines.loss_gradient(model, parameters, images, labels)[-1].any() and sizes == [65]
+    with pytest.raises(ValueError, match="as many samples in each"):
         baselines.loss_gradient(model, parameters, images, labels[:64])
+
+
+def test_the_loss_gradient_is_of_labels_that_count():
+    model, (images, labels) = net(1).eval(), batch(1, n=70)
+    labels[:64] = -100
+    found = baselines.loss_gradient(model, [*model.parameters()], images, labels)
+    expected = baselines.loss_gradient(model, [*model.parameters()], images[64:], labels[64:])
+    for g, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(g, wanted)
+    with pytest.raises(ValueError, match="expected labeled images, got none"):
+        baselines.loss_gradient(model, [*model.parameters()], images[:64], labels[:64])
+
+
+# ------------------------------------------------------------ Networks that are not plain
+INITIALISED = {  # methods that change a network by another, and by themselves
+    "scratch": baselines.scratch_,
+    "sp": baselines.shrink_and_perturb_,
+    "rifle": baselines.reset_classifier_,
+    "ke": baselines.knowledge_evolution_,
+    "dash": baselines.dash_,
+    "fire": baselines.fire_,
+}
+
+
+def data_of(images, classes=3):
+    return images, torch.arange(len(images)) % classes
+
+
+def call(method, model, images, fresh=None):
+    pi = data_of(images)
+    return apply(method, model, pi, [pi], fresh or (lambda: copy.deepcopy(model)))
+
+
+@pytest.mark.parametrize("name", [*INITIALISED, "llf"])
+def test_what_is_frozen_stays(name):
+    small, generator = small_data(), seeded(1)
+    model = lure.build_model("small", small, generator).requires_grad_(False)
+    model.fc.requires_grad_(True)
+    before = state(model)
+    method = INITIALISED.get(name, baselines.later_layer_forgetting_)
+    apply(
+        method,
+        model,
+        None,
+        [small.samples(torch.arange(20))],
+        partial(lure.build_model, "small", small, generator),
+    )
+    after = state(model)
+    changed = {key for key, p in model.named_parameters() if not torch.equal(after[key], before[key])}
+    assert changed <= {"fc.weight", "fc.bias"}
+    assert changed or name == "llf"  # which redraws blocks 3 and 4 alone
+
+
+def normed(norm):
+    return nn.Sequential(nn.Flatten(), norm(nn.Linear(12, 3)))
+
+
+@pytest.mark.parametrize("name", ["dash", "fire", "ke"])
+@pytest.mark.parametrize(
+    "norm",
+    [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm, nn.utils.weight_norm],
+    ids=["weight_norm", "spectral_norm", "old weight_norm"],
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_a_weight_that_is_computed_is_refused_before_anything_changes(name, norm):
+    model = normed(norm)
+    before = state(model)
+    with pytest.raises(ValueError, match=r"1.weight: expected a parameter, it is computed from others"):
+        call(INITIALISED[name], model, torch.rand(6, 12))
+    assert same(state(model), before)
+
+
+class Twice(nn.Module):
+    """Two linear layers with one weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+        self.second.weight = self.first.weight
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.second(torch.tanh(self.first(x)))))
+
+
+def test_a_weight_that_is_there_twice_is_worked_on_once():
+    model, images = Twice(), torch.rand(6, 4)
+    weight = model.first.weight.detach().clone()
+    call(partial(baselines.dash_, alpha=0.5, floor=0.3), model, images)
+    shares = (model.first.weight / weight).detach()
+    assert (shares >= 0.3 - 1e-6).all() and (shares <= 1 + 1e-6).all()
+    mask = call(baselines.knowledge_evolution_, model, images, Twice)
+    assert set(mask) == {"first.weight", "head.weight"}
+    call(baselines.fire_, model, images)
+
+
+OTHERS = {  # with the weight that is of another kind, and an input
+    "lstm": (lambda: Recurrent(), "lstm.weight_ih_l0", torch.rand(6, 5, 4)),
+    "transposed": (lambda: nn.Sequential(nn.ConvTranspose2d(2, 3, 2), nn.Flatten()), "0.weight", None),
+    "embedding": (lambda: nn.Sequential(nn.Embedding(5, 4), nn.Flatten(), nn.Linear(8, 3)), "0.weight", None),
+}
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(4, 5, batch_first=True), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.head(self.lstm(x)[0][:, -1])
+
+
+@pytest.mark.parametrize("name", ["dash", "fire", "ke"])
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_weight_of_another_kind_is_named_and_nothing_changes_unless_it_is_frozen(name, kind):
+    build, weight, images = OTHERS[kind]
+    model = build()
+    before = state(model)
+    with pytest.raises(ValueError, match=f"^{weight}: expected convolutions, linear layers; freeze this"):
+        call(INITIALISED[name], model, torch.rand(6, 2) if images is None else images)
+    assert same(state(model), before)
+    if kind == "lstm":
+        model.lstm.requires_grad_(False)
+        call(INITIALISED[name], model, images)
+        assert all(torch.equal(p, before[f"lstm.{key}"]) for key, p in model.lstm.named_parameters())
+
+
+@pytest.mark.parametrize("name", ["dash", "fire", "ke"])
+def test_without_a_layer_of_its_kind_a_method_says_so(name):
+    with pytest.raises(ValueError, match="expected convolutions or linear layers in Sequential, found none"):
+        call(INITIALISED[name], nn.Sequential(nn.BatchNorm1d(3)), torch.rand(6, 3))
+
+
+@pytest.mark.parametrize("dimensions, convolution", [(1, nn.Conv1d), (2, nn.Conv2d), (3, nn.Conv3d)])
+def test_convolutions_of_one_and_three_dimensions_are_as_those_of_two(dimensions, convolution):
+    with torch.random.fork_rng([]):
+        torch.manual_seed(1)
+        model = nn.Sequential(convolution(2, 4, 3), nn.Flatten(), nn.Linear(4, 3)).double()
+    images = torch.rand(6, 2, *[3] * dimensions, dtype=torch.float64, generator=seeded(1))
+    before = model[0].weight.detach().clone()
+    call(partial(baselines.dash_, floor=0), model, images)
+    shares = (model[0].weight.detach() / before).flatten(2)
+    assert torch.allclose(shares, shares[..., :1]) and ((shares >= 0) & (shares <= 1)).all()
+    mask = call(partial(baselines.knowledge_evolution_, split=0.5), model, images)["0.weight"]
+    assert mask[:2].all() and not mask[2:].any()
+    call(partial(baselines.fire_, steps=40), model, images)
+    slices = model[0].weight.detach().flatten(2).permute(2, 0, 1) * 3**dimensions / 2**0.5
+    torch.testing.assert_close(slices.mT @ slices, torch.eye(2).double().expand(3**dimensions, 2, 2))
+
+
+@pytest.mark.parametrize("name", [name for name in INITIALISED if name not in ("dash", "fire")])
+def test_a_fresh_network_of_other_parameters_is_refused_before_anything_changes(name):
+    model, other = net(1), nn.Sequential(net(1))  # of which a compiled network's names are like
+    before = state(model)
+    with pytest.raises(ValueError, match="has other parameters; of a compiled network pass the original"):
+        apply(INITIALISED[name], model, batch(1), [batch(1)], lambda: other)
+    assert same(state(model), before)
+
+
+@pytest.mark.parametrize("arch", ["densenet121", "mobilenet_v2", "convnext_tiny"])
+def test_llf_names_a_network_that_it_is_not_for(arch):
+    with torch.device("meta"):
+        model = getattr(torchvision.models, arch)(num_classes=5)
+    with pytest.raises(ValueError, match=f"llf: expected a ResNet or a VGG, got {type(model).__name__}"):
+        apply(baselines.later_layer_forgetting_, model, fresh=lambda: model)
+
+
+def test_rifle_names_a_network_without_a_linear_layer():
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten())
+    with pytest.raises(ValueError, match="rifle: expected a linear layer in Sequential, found none"):
+        apply(baselines.reset_classifier_, model, fresh=lambda: model)
 
 
 # ------------------------------------------------------------ Settings, command line

@@ -1,4 +1,5 @@
 import json
+import math
 from dataclasses import asdict
 from itertools import product
 
@@ -10,6 +11,7 @@ from conftest import same, seeded, small_config, small_data, state
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from test_lure import Adapter
 from torch import nn
 
 import baselines
@@ -130,7 +132,9 @@ def test_attack_on_the_models_own_predictions_never_raises_its_accuracy(seed):
 def test_predictions_are_made_for_128_images_at_a_time():
     model, sizes = network(), []
     model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
-    assert evaluate.predict(model, pictures(129)[0]).shape == (129, 5) and sizes == [128, 1]
+    assert evaluate.predict(model, pictures(130)[0]).shape == (130, 5) and sizes == [128, 2]
+    sizes.clear()
+    assert evaluate.predict(model, pictures(129)[0]).shape == (129, 5) and sizes == [129]
 
 
 @pytest.mark.parametrize("epsilon, steps", [(-0.1, 10), (float("nan"), 10), (0.1, 0)])
@@ -344,6 +348,45 @@ def test_weight_noise_is_by_default_the_mean_of_three_draws():
     model.register_forward_hook(lambda *_: calls.append(1))
     evaluate.weight_noise_accuracy(model, images, labels, [0.1])
     assert len(calls) == 3
+
+
+def test_weight_noise_puts_back_what_a_state_dict_leaves_out_and_leaves_adapters_as_they_were():
+    class Frozen(Adapter):
+        def state_dict(self, *args, **more):
+            return {name: t for name, t in super().state_dict(*args, **more).items() if "weight" not in name}
+
+    with torch.random.fork_rng([]):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Flatten(), Frozen(3 * 8 * 8, 5), nn.BatchNorm1d(5)).train()
+    images, labels = pictures(40)
+    labels = evaluate.predict(model, images).argmax(1)  # as trained to 100 %
+    before = [t.clone() for t in (*model.parameters(), *model.buffers())]
+    clean, _ = evaluate.weight_noise_accuracy(model, images, labels, [0, 0.5])
+    assert clean == 100 and all(m.training for m in model.modules())
+    for t, was in zip((*model.parameters(), *model.buffers()), before, strict=True):
+        assert torch.equal(t, was)
+    assert all(g.any() for g in torch.autograd.grad(model(images)[:, 0].sum(), [model[1].a, model[1].b]))
+
+
+@pytest.mark.parametrize("images", [pictures()[0] * 255, pictures()[0] * 2 - 1, pictures()[0] * math.nan])
+def test_attack_refuses_images_that_are_not_in_the_box(images):
+    with pytest.raises(ValueError, match=r"expected images in \[0, 1\], got "):
+        evaluate.pgd_attack(network(), images, pictures()[1], 0.03)
+
+
+def test_a_network_may_be_trained_after_its_predictions():
+    class Caching(nn.Linear):
+        cached = None
+
+        def forward(self, x):
+            if self.cached is None:
+                self.cached = torch.arange(5.0) * self.weight.new_ones(())
+            return super().forward(x) * self.cached
+
+    model, (images, labels) = nn.Sequential(nn.Flatten(), Caching(3 * 8 * 8, 5)), pictures()
+    evaluate.accuracy(model, images, labels)
+    evaluate.weight_noise_accuracy(model, images, labels, [0.1])
+    model(images).sum().backward()
 
 
 def test_weight_noise_puts_the_model_back_when_it_fails():

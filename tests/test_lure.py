@@ -152,6 +152,12 @@ def test_a_stream_of_which_a_part_has_nothing_to_train_on_is_refused(samples, me
         lure.mega_batches(samples, mega_batches, val_fraction=fraction)
 
 
+@pytest.mark.parametrize(("replay", "size"), [("Full", 187), ("some", 187), ("buffer", -1), (None, 0)])
+def test_a_replay_that_there_is_not_is_refused(replay, size):
+    with pytest.raises(ValueError, match="expected replay full, buffer or none, of 0 or more; got"):
+        lure.mega_batches(100, 4, replay, size)
+
+
 def test_the_stream_is_by_default_the_papers():
     stream = lure.mega_batches(3000, 3, generator=seeded(1))
     assert [(len(b.val), len(b.new)) for b in stream] == [(100, 900)] * 3
@@ -353,14 +359,188 @@ def test_sensitivity_does_not_depend_on_the_chunk(build):
         torch.testing.assert_close(scores, expected)
 
 
-def test_sensitivity_takes_64_images_at_a_time_and_as_many_labels():
-    model, images, labels, _ = problem(mlp, n=65)
-    sizes = []
-    model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+@pytest.mark.parametrize("n, sizes", [(64, [64]), (65, [65]), (66, [64, 2]), (129, [64, 65]), (1, [1])])
+def test_sensitivity_takes_64_images_at_a_time_and_never_a_last_one_alone(n, sizes):
+    model, images, labels, _ = problem(mlp, n=n)
+    seen = []
+    model.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
     lure.connection_sensitivity(model, images, labels)
-    assert sizes == [64, 1]
-    with pytest.raises(ValueError):
-        lure.connection_sensitivity(model, images, labels[:64])
+    assert seen == sizes
+    if n > 1:
+        with pytest.raises(ValueError, match=rf"as many samples in each, got \[{n}, {n - 1}\]"):
+            lure.connection_sensitivity(model, images, labels[1:])
+
+
+@given(st.integers(1, 40), st.integers(1, 9))
+def test_chunks_are_all_samples_in_order_and_of_the_size_but_for_the_last(n, size):
+    parts = [part for (part,) in lure.chunks(size, torch.arange(n))]
+    assert torch.equal(torch.cat(parts), torch.arange(n))
+    sizes = [len(part) for part in parts]
+    assert all(s == size for s in sizes[:-1])
+    assert sizes[-1] <= size + 1 and (n == 1 or size == 1 or sizes[-1] > 1)
+
+
+class Adapter(nn.Linear):
+    """Adds B · A to its weight in evaluation mode, and takes it away again: as adapters are merged."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs)
+        self.weight.requires_grad_(False)
+        self.a = nn.Parameter(torch.randn(2, inputs))
+        self.b = nn.Parameter(torch.randn(outputs, 2))
+
+    def train(self, mode=True):
+        if mode != self.training:
+            with torch.no_grad():
+                self.weight += (1 if not mode else -1) * (self.b @ self.a)
+        return super().train(mode)
+
+    def forward(self, x):
+        return super().forward(x) + (x @ self.a.T @ self.b.T if self.training else 0)
+
+
+@st.composite
+def nested(draw):
+    """A network of adapters and batch normalisation, some of its modules in the other mode."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(draw(seeds))
+        inner = nn.Sequential(Adapter(3, 3), nn.Tanh(), nn.Sequential(Adapter(3, 3), nn.BatchNorm1d(3)))
+        model = nn.Sequential(inner, nn.Linear(3, 2)).double()
+    for module in model.modules():
+        module.train(draw(st.booleans()))
+    return model
+
+
+@given(nested())
+def test_every_modules_mode_is_put_back_and_what_it_does_with_it(model):
+    x, modes = torch.randn(4, 3).double(), [m.training for m in model.modules()]
+    weights = [p.detach().clone() for p in model.parameters()]
+    statistics = [b.clone() for b in model.buffers()]
+    with lure.evaluating(model):
+        assert not any(m.training for m in model.modules())
+        model(x)
+    assert [m.training for m in model.modules()] == modes
+    for p, before in zip(model.parameters(), weights, strict=True):
+        torch.testing.assert_close(p.detach(), before, rtol=0, atol=1e-14)
+    exactly([*model.buffers()], statistics)
+    assert (
+        any(
+            g.any()
+            for g in torch.autograd.grad(
+                model(x).sum(), [model[0][0].a, model[0][0].b], allow_unused=True, materialize_grads=True
+            )
+        )
+        == modes[2]
+    )
+
+
+def test_labels_that_do_not_count_weigh_nothing_whatever_the_chunk():
+    model = nn.Conv2d(3, 4, 3).double()
+    generator = seeded(1)
+    images = torch.rand(130, 3, 6, 6, generator=generator, dtype=torch.float64)
+    labels = torch.randint(4, (130, 4, 4), generator=generator)
+    labels[torch.rand(labels.shape, generator=generator) < torch.linspace(0, 1.2, 130)[:, None, None]] = -100
+    assert (labels[-16:] == -100).all()
+    expected = slow_sensitivity(model, images, labels, F.cross_entropy)
+    for chunk in (1, 16, 64, 200):
+        scores = lure.connection_sensitivity(model, images, labels, chunk=chunk)
+        torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-8)
+    with pytest.raises(ValueError, match="expected samples to score the weights by, got none"):
+        lure.connection_sensitivity(model, images, torch.full_like(labels, -100))
+
+
+def test_a_layer_that_refuses_one_sample_is_scored_by_65():
+    layers = nn.Linear(3, 4), nn.BatchNorm1d(4, track_running_stats=False), nn.ReLU(), nn.Linear(4, 3)
+    _, images, labels, _ = problem(mlp, n=65, dtype=torch.float32)
+    assert lure.connection_sensitivity(nn.Sequential(*layers), images, labels)
+
+
+def test_what_cannot_be_ranked_is_refused_in_words():
+    _, images, labels, _ = problem(mlp, dtype=torch.float32)
+    frozen_whole = mlp().requires_grad_(False)
+    for model, told in (
+        (frozen_whole, "found no weight to rank"),
+        (nn.BatchNorm1d(3), "found no weight to rank"),
+        (nn.Sequential(nn.Linear(3, 3), nn.LazyLinear(3)), "lazy layers have been called once"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            lure.unlearn_(model, images, labels)
+    with pytest.raises(ValueError, match="expected samples to score the weights by, got none"):
+        lure.unlearn_(mlp(), images[:0], labels[:0])
+
+
+def test_a_network_whose_scores_are_all_zero_is_not_unlearned():
+    _, images, labels, _ = problem(mlp, dtype=torch.float32)
+    flat = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3))
+    nn.init.zeros_(flat[2].weight)  # a head that starts at zero
+    for step in (unlearn_, lambda model, images, labels, loss: lure.unlearn_(model, images, labels)):
+        before = state(flat)
+        with pytest.raises(ValueError, match="all sensitivities are 0"):
+            step(flat, images, labels, F.cross_entropy)
+        assert same(state(flat), before)
+    with pytest.raises(
+        FloatingPointError, match="the network cannot be unlearned: the loss depends on no weight"
+    ):
+        by_lure_(flat, images, labels, None)
+
+
+class Auxiliary(nn.Module):
+    """A network with a head that evaluation mode skips."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head, self.auxiliary = nn.Linear(3, 40), nn.Linear(40, 3), nn.Linear(40, 3)
+
+    def forward(self, x):
+        x = torch.tanh(self.body(x))
+        return (self.head(x), self.auxiliary(x)) if self.training else self.head(x)
+
+
+def test_what_the_loss_does_not_reach_goes_first_unless_it_is_frozen():
+    _, images, labels, _ = problem(mlp, dtype=torch.float32)
+    model = Auxiliary()
+    mask = lure.unlearn_(model, images, labels, keep=2 / 3)
+    assert not mask["auxiliary.weight"].any() and mask["body.weight"].all() and mask["head.weight"].all()
+    model.auxiliary.requires_grad_(False)
+    before = state(model)
+    mask = lure.unlearn_(model, images, labels, keep=2 / 3)
+    assert mask.keys() == {"body.weight", "head.weight"}
+    assert torch.equal(model.auxiliary.weight, before["auxiliary.weight"])
+
+
+@pytest.mark.parametrize("wrong", [{"0.weight": (3, 4)}, {"_orig_mod.0.weight": (4, 3)}])
+def test_a_mask_of_another_model_is_refused_before_anything_changes(wrong):
+    model = mlp()
+    before = state(model)
+    mask = {"3.weight": torch.zeros(3, 4, dtype=torch.bool)}
+    mask |= {name: torch.zeros(shape, dtype=torch.bool) for name, shape in wrong.items()}
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))}: the mask has it"):
+        lure.reinitialize_(model, mask)
+    assert same(state(model), before)
+
+
+def test_a_weight_of_no_inputs_has_nothing_to_redraw():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(0, 4))
+    mask = {
+        name: torch.zeros(p.shape, dtype=torch.bool) for name, p in model.named_parameters() if p.ndim > 1
+    }
+    before = state(model)
+    lure.reinitialize_(model, mask)
+    assert (model[0].weight != before["0.weight"]).all()
+
+
+def test_a_network_may_keep_a_tensor_of_its_forward_pass_for_training():
+    class Caching(nn.Linear):
+        cached = None
+
+        def forward(self, x):
+            if self.cached is None:
+                self.cached = torch.arange(3.0) * self.weight.new_ones(())
+            return super().forward(x) * self.cached
+
+    model = nn.Sequential(nn.Flatten(), Caching(64, 3))
+    lure.evaluate(model, *pictures()[:2])
+    model(torch.rand(2, 64)).sum().backward()  # of an inference tensor it would raise
 
 
 @pytest.mark.parametrize("build", INPUTS)
@@ -611,6 +791,22 @@ def test_calibration_error_has_bins_closed_on_the_right(samples, bins):
     assert type(ece) is float
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda p: p.log(),
+        lambda p: 100 * p,
+        lambda p: 10 * p - 1,
+        lambda p: (10 * p).clamp(0, 1),
+        lambda p: torch.where(p > 0.5, math.nan, p),
+    ],
+)
+def test_a_calibration_error_of_what_is_no_probability_is_refused(wrong):
+    probabilities = (5 * torch.rand(50, 3, generator=seeded(1))).softmax(1)
+    with pytest.raises(ValueError, match=r"expected probabilities, in \[0, 1\] and of sum 1"):
+        lure.expected_calibration_error(wrong(probabilities), torch.zeros(50).long())
+
+
 def test_calibration_error_has_15_bins_by_default():
     probabilities, labels = torch.rand(50, 3, generator=seeded(1)).softmax(1), torch.zeros(50).long()
     found = [lure.expected_calibration_error(probabilities, labels, *bins) for bins in ((), (15,), (16,))]
@@ -620,7 +816,9 @@ def test_calibration_error_has_15_bins_by_default():
 # ------------------------------------------------------------ Functions that lift out
 SOURCE = ast.parse(Path(lure.__file__).read_text())
 FUNCTIONS = [node.name for node in SOURCE.body if isinstance(node, ast.FunctionDef)]
-WITH = {"mega_batches": ["MegaBatch"], "unlearn_": ["connection_sensitivity", "top_k_mask", "reinitialize_"]}
+SCORING = ["connection_sensitivity", "connections", "gradient_of_sum", "chunks", "evaluating"]
+WITH = {"mega_batches": ["MegaBatch"], "connection_sensitivity": SCORING[1:]}
+WITH["unlearn_"] = [*SCORING, "top_k_mask", "reinitialize_"]
 
 
 def redrawn(reinitialize_):
@@ -636,7 +834,9 @@ USES = {
     "reinitialize_": redrawn,
     "unlearn_": lambda f: f(*problem(mlp)[:3], generator=seeded(1)),
     "cumulative_error_rate": lambda f: f([3, 4]),
-    "expected_calibration_error": lambda f: f(torch.rand(9, 3, generator=seeded(1)), torch.arange(9) % 3),
+    "expected_calibration_error": lambda f: f(
+        torch.rand(9, 3, generator=seeded(1)).softmax(1), torch.arange(9) % 3
+    ),
 }
 
 
@@ -649,9 +849,9 @@ def test_a_core_function_works_with_nothing_but_the_imports_and_what_it_calls(na
     exactly(USES[name](namespace[name]), USES[name](getattr(lure, name)))
 
 
-def test_those_are_all_from_mega_batches_to_expected_calibration_error():
-    first, last = (FUNCTIONS.index(name) for name in ("mega_batches", "expected_calibration_error"))
-    assert FUNCTIONS[first : last + 1] == list(USES)
+def test_those_are_all_from_unlearning_to_the_metrics():
+    first, last = (FUNCTIONS.index(name) for name in ("unlearn_", "expected_calibration_error"))
+    assert set(FUNCTIONS[first : last + 1]) == {*USES, *SCORING}
 
 
 def test_the_algorithm_is_read_at_a_glance_and_needs_no_other_file():
@@ -857,7 +1057,7 @@ def test_evaluation_is_of_all_samples_128_at_a_time(n, seed):
     model, sizes = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, 3)), []
     model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
     found = lure.evaluate(model.train(), pixels, labels)
-    assert sizes == [128] * (n // 128) + [n % 128] * (n % 128 > 0)
+    assert sizes == ([129] if n == 129 else [128] * (n // 128) + [n % 128] * (n % 128 > 0))
     logits = model.eval()(pixels.view(n, 1, 8, 8) / 255).detach()
     right = int((logits.argmax(1) == labels).sum())
     assert found == dict(
