@@ -226,6 +226,8 @@ def metrics(path: Path, args: argparse.Namespace) -> dict:
     except (RuntimeError, AttributeError, TypeError) as error:
         raise DataError(f"{wrong} ({type(error).__name__})") from error
     if args.corruptions:
+        if data.images.shape[3] != 3:
+            raise DataError(f"{path}: expected a network of colour images, as those of CIFAR-10-C are")
         refuse_numbers_as_text(path, classes)
         resize = partial(resized_as, config, tuple(data.images.shape[1:3]))
         result["corruptions"] = corruption_accuracy(model, args.corruptions, resize)

@@ -10,7 +10,7 @@ learned, keeps the top 80 %, redraws the others, and trains on: Algorithm 1 of t
     python lure.py --dataset digits                        # in two minutes on two CPU cores
     python lure.py --dataset cifar10 --out lure-1.json     # the paper's protocol
 
-The functions from `MegaBatch` to `expected_calibration_error` lift out with the imports that they use.
+The functions from `unlearn_` to `expected_calibration_error` lift out with the imports that they use.
 """
 
 import argparse

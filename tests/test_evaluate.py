@@ -266,6 +266,13 @@ def test_classes_that_are_numbers_in_the_order_of_text_are_refused_where_labels_
     assert evaluate.main([*words, "--sigmas"]) == 0  # where labels are the folder's, the order is no matter
 
 
+def test_a_network_of_grey_images_has_no_corruptions(folder, tmp_path, capsys):
+    words = [str(folder / "lure-1.pt"), "--corruptions", str(corrupted(tmp_path / "c"))]
+    assert evaluate.main(words) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "lure-1.pt: expected a network of colour images" in error
+
+
 def test_a_checkpoint_is_measured_on_the_data_it_was_trained_on(tmp_path, capsys):
     for split, i in product(("train", "test"), range(20)):
         path = tmp_path / "photos" / split / "ab"[i % 2] / f"{i}.png"
