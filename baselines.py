@@ -3,7 +3,8 @@
     python baselines.py --method sp --dataset digits --arch small --mega-batches 4 --epochs 10
     python baselines.py --method dash --set alpha=0.3 floor=0.1 --dataset cifar10 --out dash-1.json
 
-Every method has the signature of `lure.lure_`, which tells what it gets and does, and settings of its own.
+Every method has the signature of `lure.lure_`, which tells what it does, and settings of its own; what it
+gets, beside the model, is a `lure.Between`.
 """
 
 import inspect
@@ -22,41 +23,41 @@ from experiments import command, runs
 
 
 # ------------------------------------------------------------ Everything or nothing
-def warm_start(model, pi, upcoming, fresh, generator) -> None:
+def warm_start(model, between) -> None:
     """Train on from where the last mega-batch ended: the paper's baseline BL (section 4)."""
 
 
-def scratch_(model, pi, upcoming, fresh, generator) -> None:
+def scratch_(model, between) -> None:
     """A new network, parameters and running statistics, for every mega-batch; what is frozen stays."""
-    new = like(model, fresh())
+    new = like(model, between.fresh())
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     kept = {name: t for name, t in model.state_dict().items() if name in frozen}
     model.load_state_dict(new.state_dict() | kept)
 
 
 # ------------------------------------------------------------ Every weight a little
-def shrink_and_perturb_(model, pi, upcoming, fresh, generator, shrink=0.4, noise=0.001) -> None:
+def shrink_and_perturb_(model, between, shrink=0.4, noise=0.001) -> None:
     """θ ← shrink · θ + noise · θ_fresh for every parameter (Ash & Adams 2020, arXiv 1910.08475).
 
     θ_fresh is a newly initialised network. Defaults: LURE's (Appendix A.2); the method's own are 0.4, 0.1.
     """
     with torch.no_grad():
-        for p, new in trained(model, like(model, fresh())):
+        for p, new in trained(model, like(model, between.fresh())):
             p.mul_(shrink).add_(new, alpha=noise)
 
 
-def dash_(model, pi, upcoming, fresh, generator, alpha=0.3, floor=0.3) -> None:
+def dash_(model, between, alpha=0.3, floor=0.3) -> None:
     """Shrink what does not point down the loss (DASH, Shin et al. 2024, arXiv 2410.23495).
 
-    G ← (1 − alpha) · G + alpha · (−∇L), from 0, in evaluation mode, over the mega-batches that `upcoming`
-    yields, each as one batch: the newest comes last and weighs most, as in the authors' code. Then each group
+    G ← (1 − alpha) · G + alpha · (−∇L), from 0, in evaluation mode, over what is trained on next, each
+    mega-batch as one batch: the newest comes last and weighs most, as in the authors' code. Then each group
     w of a weight is scaled by clamp(cos(G_w, w), floor, 1): the kernel between an input and an output channel
     of a convolution, a row of a linear layer, the bias of either. The defaults are the method's.
     """
     parameters = [p for layer in layers_of(model).values() for p in (layer.weight, layer.bias)]
     parameters = [p for p in dict.fromkeys(parameters) if p is not None and p.requires_grad]
     momentum = [torch.zeros_like(p) for p in parameters]
-    for images, labels in upcoming():
+    for images, labels in upcoming(between):
         for g, gradient in zip(momentum, loss_gradient(model, parameters, images, labels), strict=True):
             g.mul_(1 - alpha).sub_(gradient, alpha=alpha)
     with torch.no_grad():
@@ -68,7 +69,16 @@ def dash_(model, pi, upcoming, fresh, generator, alpha=0.3, floor=0.3) -> None:
             p.mul_(cosine.clamp(floor, 1).view(*groups, *[1] * (p.ndim - len(groups))))
 
 
-def fire_(model, pi, upcoming, fresh, generator, steps=10) -> None:
+def upcoming(between):
+    """What is trained on next, images and labels, mega-batch by mega-batch, the newest last."""
+    following = between.stream[-1]
+    for batch in dict.fromkeys(between.stream):  # generations repeat one
+        index = batch.new[torch.isin(batch.new, following.train)]
+        if len(index) > 0:
+            yield between.data.samples(index)
+
+
+def fire_(model, between, steps=10) -> None:
     """Move every weight matrix towards a semi-orthogonal one (FIRE, Han et al. 2026, arXiv 2602.08040).
 
     X ← 1.5 · X − 0.5 · X Xᵀ X, `steps` times from X = W / ‖W‖_F (Newton–Schulz), for each linear weight W,
@@ -88,7 +98,7 @@ def fire_(model, pi, upcoming, fresh, generator, steps=10) -> None:
 
 
 # ------------------------------------------------------------ Some layers wholly
-def later_layer_forgetting_(model, pi, upcoming, fresh, generator) -> None:
+def later_layer_forgetting_(model, between) -> None:
     """Redraw the later layers (LLF, Zhou et al. 2022, arXiv 2202.00155), as a fresh network's.
 
     Blocks 3 and 4 of a ResNet (Appendix A.2); of VGG the last two convolution stages and the classifier.
@@ -103,15 +113,15 @@ def later_layer_forgetting_(model, pi, upcoming, fresh, generator) -> None:
         later = ["classifier", *(f"features.{i}" for i in range(pools[-2], len(stages)))]
     else:
         raise ValueError(f"llf: expected a ResNet or a VGG, got {type(model).__name__}")
-    redraw_layers_(model, fresh(), later)
+    redraw_layers_(model, between.fresh(), later)
 
 
-def reset_classifier_(model, pi, upcoming, fresh, generator) -> None:
+def reset_classifier_(model, between) -> None:
     """Redraw the classifier alone (RIFLE, Li et al. 2020), as a fresh network's: the last linear layer."""
     linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
     if not linear:
         raise ValueError(f"rifle: expected a linear layer in {type(model).__name__}, found none")
-    redraw_layers_(model, fresh(), [linear[-1]])
+    redraw_layers_(model, between.fresh(), [linear[-1]])
 
 
 def redraw_layers_(model, new, layers: list[str]) -> None:
@@ -122,7 +132,7 @@ def redraw_layers_(model, new, layers: list[str]) -> None:
                 p.copy_(q)
 
 
-def knowledge_evolution_(model, pi, upcoming, fresh, generator, split=0.8) -> dict[str, Tensor]:
+def knowledge_evolution_(model, between, split=0.8) -> dict[str, Tensor]:
     """Redraw the same part of every layer each time (KE, Taha et al. 2021, arXiv 2103.05152).
 
     KELS, which is a function of the shapes alone, so that nothing has to be remembered: it keeps the kernels
@@ -132,7 +142,7 @@ def knowledge_evolution_(model, pi, upcoming, fresh, generator, split=0.8) -> di
     deviation is smaller, up to 2.4 times. Returns the mask, True where a weight was kept.
     """
     layers = layers_of(model)
-    new = dict(like(model, fresh()).named_parameters())
+    new = dict(like(model, between.fresh()).named_parameters())
     mask = {}
     for i, (name, layer) in enumerate(layers.items()):
         outputs, inputs = (math.ceil(split * size) for size in layer.weight.shape[:2])
@@ -187,23 +197,24 @@ def trained(model: nn.Module, new: nn.Module):
 
 
 # ------------------------------------------------------------ LURE with another criterion (Table 8)
-def fisher_(model, pi, upcoming, fresh, generator, keep=0.8, chunk=1) -> dict[str, Tensor]:
+def fisher_(model, between, keep=0.8, chunk=1) -> dict[str, Tensor]:
     """LURE with the empirical Fisher information as its criterion (FIM in Table 8)."""
-    images, labels = pi
-    return keep_top_(model, fisher_information(model, images, labels, chunk), keep, generator)
+    images, labels = between.pi
+    scores = fisher_information(model, images, labels, chunk)
+    return keep_top_(model, scores, keep, between.generator)
 
 
-def magnitude_(model, pi, upcoming, fresh, generator, keep=0.8) -> dict[str, Tensor]:
+def magnitude_(model, between, keep=0.8) -> dict[str, Tensor]:
     """LURE with the weight's magnitude |θ| as its criterion (Table 8)."""
-    return keep_top_(model, magnitudes(model), keep, generator)
+    return keep_top_(model, magnitudes(model), keep, between.generator)
 
 
-def random_(model, pi, upcoming, fresh, generator, keep=0.8) -> dict[str, Tensor]:
+def random_(model, between, keep=0.8) -> dict[str, Tensor]:
     """LURE with no criterion: the weights to keep are drawn at random (Appendix A.1)."""
-    return keep_top_(model, random_scores(model, generator), keep, generator)
+    return keep_top_(model, random_scores(model, between.generator), keep, between.generator)
 
 
-def released_(model, pi, upcoming, fresh, generator, keep=0.8) -> dict[str, Tensor]:
+def released_(model, between, keep=0.8) -> dict[str, Tensor]:
     """LURE as the authors' released code redraws.
 
     It ranks every parameter, biases and normalisation too. What scores at or below the threshold goes, ties
@@ -211,7 +222,7 @@ def released_(model, pi, upcoming, fresh, generator, keep=0.8) -> dict[str, Tens
     Returns the mask of what is named `weight`.
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    gradients = loss_gradient(model, [*parameters.values()], *pi)
+    gradients = loss_gradient(model, [*parameters.values()], *between.pi)
     scores = {
         name: (p.detach() * g).abs() for (name, p), g in zip(parameters.items(), gradients, strict=True)
     }
@@ -219,7 +230,7 @@ def released_(model, pi, upcoming, fresh, generator, keep=0.8) -> dict[str, Tens
     redrawn = len(ranked) - max(1, round(keep * len(ranked)))
     threshold = ranked[redrawn - 1] if redrawn else -1
     mask = {name: s > threshold for name, s in scores.items() if name.endswith("weight")}
-    lure.reinitialize_(model, mask, generator)
+    lure.reinitialize_(model, mask, between.generator)
     return mask
 
 
@@ -293,7 +304,7 @@ class Config(runs.Config):
 def method(config: Config) -> runs.Method:
     """The method that is configured, with its settings: numbers with a default. ValueError for any other."""
     function = METHODS[config.method]
-    own = {name: p.default for name, p in list(inspect.signature(function).parameters.items())[5:]}
+    own = {name: p.default for name, p in list(inspect.signature(function).parameters.items())[2:]}
     given: dict = {"keep": config.keep} if own.pop("keep", None) else {}  # an option of its own
     for setting in config.set:
         key, _, text = setting.partition("=")

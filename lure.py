@@ -20,7 +20,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
@@ -228,8 +229,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 # ------------------------------------------------------------ Stream (section 3)
 class MegaBatch(NamedTuple):
     train: Tensor  # int64 indices of what to train on now, replay included
-    val: Tensor  # this mega-batch's validation part
-    new: Tensor  # this mega-batch's training part
+    val: Tensor  # of what to validate on now
+    new: Tensor  # of its own training part
 
 
 def mega_batches(
@@ -237,22 +238,26 @@ def mega_batches(
 ) -> list[MegaBatch]:
     """Divide the samples at random into mega-batches of one size (±1), int64 index tensors on the CPU.
 
-    `val` is round(val_fraction · size) of it, but at least one, and `new` the rest. `train` is `new` and, of
-    the `new` before, all (replay "full"), nothing ("none") or at most `buffer_size`, a uniform sample of them
-    ("buffer": what has left it never returns). ValueError for another replay, a size below 0, or where
-    nothing would be left to train on.
+    round(val_fraction · size) of it, but at least one, are for validation, and `new` is the rest. `train` is
+    `new` and, of the `new` before, all (replay "full"), nothing ("none") or at most `buffer_size`, a uniform
+    sample of them ("buffer": what has left it never returns). `val` is its own part; under full replay, all
+    so far. ValueError for another replay, a size below 0, or where nothing would be left to train on.
     """
     if replay not in ("full", "buffer", "none") or buffer_size < 0:
         raise ValueError(f"expected replay full, buffer or none, of 0 or more; got {replay}, {buffer_size}")
     parts = torch.randperm(num_samples, generator=generator).tensor_split(num_mega_batches)
     priority = torch.randperm(num_samples, generator=generator)  # the buffer holds those that are first by it
-    stream, earlier = [], torch.empty(0, dtype=torch.int64)
+    replayed = {"full": num_samples, "buffer": buffer_size, "none": 0}[replay]
+    earlier = torch.empty(0, dtype=torch.int64)
+    validation = torch.empty(0, dtype=torch.int64)
+    stream = []
     for part in parts:
         val, new = part.tensor_split([max(1, round(val_fraction * len(part)))])
         if len(new) == 0:
             raise ValueError(f"{num_samples} samples do not make {num_mega_batches} mega-batches to train on")
-        replayed = {"full": len(earlier), "buffer": buffer_size, "none": 0}[replay]
-        stream.append(MegaBatch(torch.cat([new, earlier[priority[earlier].argsort()][:replayed]]), val, new))
+        validation = torch.cat([validation, val]) if replay == "full" else val
+        first = earlier[priority[earlier].argsort()][:replayed]
+        stream.append(MegaBatch(torch.cat([new, first]), validation, new))
         earlier = torch.cat([earlier, new])
     return stream
 
@@ -355,13 +360,20 @@ def build_model(arch: str, data: Dataset, generator: torch.Generator) -> nn.Modu
 
 
 def small_resnet(classes: int, channels: int) -> nn.Module:
-    model = nn.Sequential()  # of what is assigned to it, in that order
-    model.conv1, model.bn1, model.relu = conv3x3(channels, 16), nn.BatchNorm2d(16), nn.ReLU(inplace=True)
-    for i, (a, b) in enumerate(((16, 16), (16, 32), (32, 64), (64, 128)), start=1):
-        shortcut = nn.Sequential(conv1x1(a, b, 2), nn.BatchNorm2d(b)) if a < b else None
-        setattr(model, f"layer{i}", nn.Sequential(BasicBlock(a, b, b // a, shortcut), BasicBlock(b, b)))
-    model.avgpool, model.flatten, model.fc = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, classes)
-    return model
+    """ResNet18 of a quarter of the width, its layers named as torchvision's."""
+    layers: dict[str, nn.Module] = dict(conv1=conv3x3(channels, 16), bn1=nn.BatchNorm2d(16))
+    layers["relu"] = nn.ReLU(inplace=True)
+    inputs = 16
+    for i, outputs in enumerate((16, 32, 64, 128), start=1):
+        stride = outputs // inputs
+        shortcut = None
+        if stride > 1:
+            shortcut = nn.Sequential(conv1x1(inputs, outputs, stride), nn.BatchNorm2d(outputs))
+        first = BasicBlock(inputs, outputs, stride, shortcut)
+        layers[f"layer{i}"] = nn.Sequential(first, BasicBlock(outputs, outputs))
+        inputs = outputs
+    layers |= dict(avgpool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), fc=nn.Linear(128, classes))
+    return nn.Sequential(OrderedDict(layers))
 
 
 # ------------------------------------------------------------ Learn: the loop, all of it on the device
@@ -372,16 +384,22 @@ def to_input(pixels: Tensor) -> Tensor:
 
 def augmented(pixels: Tensor, index: Tensor, padding: int, flip: bool, generator) -> Tensor:
     """Gather, crop and flip pixels[index] at random, in one indexing of the uint8 data set (N, H, W, C)."""
-    (_, height, width, _), shape, device = pixels.shape, (len(index), 1, 1), pixels.device
-    top, left = torch.randint(-padding, padding + 1, (2, *shape), device=device, generator=generator)
-    rows = top + torch.arange(height, device=device)[:, None]
-    columns = torch.arange(width, device=device).expand(len(index), 1, width)
+    _, height, width, _ = pixels.shape
+    one_each = (len(index), 1, 1)
+    device = pixels.device
+    # Each image moves by up to `padding` pixels down and to the right, or up and to the left.
+    top, left = torch.randint(-padding, padding + 1, (2, *one_each), device=device, generator=generator)
+    rows = top + torch.arange(height, device=device)[:, None]  # (N, H, 1)
+    columns = torch.arange(width, device=device).expand(len(index), 1, width)  # (N, 1, W)
     if flip:
-        mirrored = torch.rand(shape, device=device, generator=generator) < 0.5
+        mirrored = torch.rand(one_each, device=device, generator=generator) < 0.5
         columns = torch.where(mirrored, columns.flip(-1), columns)
     columns = left + columns
-    inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)  # the padding is black
-    cropped = pixels[index[:, None, None], rows.clamp(0, height - 1), columns.clamp(0, width - 1)]
+    # What comes from outside is black.
+    inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)  # (N, H, W)
+    rows = rows.clamp(0, height - 1)
+    columns = columns.clamp(0, width - 1)
+    cropped = pixels[index[:, None, None], rows, columns]  # (N, H, W, C)
     return to_input(cropped * inside[..., None])
 
 
@@ -398,15 +416,12 @@ def train_epoch_(model, optimizer, data: Dataset, train: Tensor, config, generat
     """One epoch on the samples `train`, without a synchronisation. Returns the running accuracy, [0, 1]."""
     device = train.device
     bfloat16 = pick_precision(config.precision, device) == "bfloat16"
-    order = train[torch.randperm(len(train), device=device, generator=generator)]
-    batches = list(order.split(config.batch_size))
-    if len(batches) > 1 and len(batches[-1]) < max(config.batch_size / 2, 2 * WORLD):
-        batches[-2:] = [torch.cat(batches[-2:])]  # a batch of a few would spoil the running statistics
     correct = torch.zeros((), dtype=torch.float64, device=device)
     model.train()
-    for index in batches:
+    for index in batches(train, config.batch_size, generator):
         share = slice(RANK * len(index) // WORLD, (RANK + 1) * len(index) // WORLD)  # this process's
-        images, target = augmented(data.images, index, data.padding, data.flip, generator), data.labels[index]
+        images = augmented(data.images, index, data.padding, data.flip, generator)
+        target = data.labels[index]
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             logits = model(images[share])
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -422,25 +437,40 @@ def train_epoch_(model, optimizer, data: Dataset, train: Tensor, config, generat
     return correct / len(train)
 
 
-def learn_(model, optimizer, data: Dataset, train: Tensor, val: Tensor, config, generator) -> dict:
-    """Train on the samples `train` for a mega-batch; `val` is for best-val. Returns accuracy and cost."""
-    best, chosen, start = -1.0, None, time.perf_counter()
+def batches(train: Tensor, size: int, generator) -> list[Tensor]:
+    """The samples in random order, `size` at a time; a last few, who would spoil running statistics, join."""
+    order = train[torch.randperm(len(train), device=train.device, generator=generator)]
+    parts = list(order.split(size))
+    if len(parts) > 1 and len(parts[-1]) < max(size / 2, 2 * WORLD):
+        parts[-2:] = [torch.cat(parts[-2:])]
+    return parts
+
+
+def learn_(model, optimizer, data: Dataset, batch: MegaBatch, config, generator) -> dict:
+    """Train on a mega-batch; its validation samples are for best-val. Returns accuracy and cost."""
+    start = time.perf_counter()
     net = torch.compile(model, mode="reduce-overhead") if config.compile else model
     if WORLD > 1:  # this sends the first process's weights and statistics to all
         net = nn.parallel.DistributedDataParallel(net)
         net.broadcast_buffers = False  # statistics are each process's own, until they are averaged
+    best_accuracy = -1.0
+    best_weights = None
     for epoch in tqdm(range(config.epochs), "epochs", leave=False, disable=RANK > 0 or None):
-        decays = (5 * epoch >= 2 * config.epochs) + (5 * epoch >= 4 * config.epochs)  # of 50, at 20 and at 40
+        # The rate decays after 40 and after 80 percent of the epochs: of 50, at 20 and at 40.
+        decays = sum(5 * epoch >= fifths * config.epochs for fifths in (2, 4))
         optimizer.param_groups[0]["lr"] = config.lr * config.gamma**decays
-        running = train_epoch_(net, optimizer, data, train, config, generator)
+        running_accuracy = train_epoch_(net, optimizer, data, batch.train, config, generator)
         if config.select == "best-val":
-            accuracy = evaluate(model, data.images[val], data.labels[val])["accuracy"]
-            if accuracy > best:
-                best, chosen = accuracy, copy.deepcopy(model.state_dict())
-    if chosen:
-        model.load_state_dict(chosen)
-    row = dict(running_train_accuracy=100 * float(running), image_passes=config.epochs * len(train))
-    return row | dict(seconds=time.perf_counter() - start)  # after `float`, which waits for the device
+            accuracy = evaluate(model, data.images[batch.val], data.labels[batch.val])["accuracy"]
+            if accuracy > best_accuracy:
+                best_accuracy = accuracy
+                best_weights = copy.deepcopy(model.state_dict())
+    if best_weights:
+        model.load_state_dict(best_weights)
+    row = dict(running_train_accuracy=100 * float(running_accuracy))  # waits for the device
+    row["image_passes"] = config.epochs * len(batch.train)
+    row["seconds"] = time.perf_counter() - start
+    return row
 
 
 def evaluate(model: nn.Module, pixels: Tensor, labels: Tensor) -> dict:
@@ -448,97 +478,132 @@ def evaluate(model: nn.Module, pixels: Tensor, labels: Tensor) -> dict:
     with torch.no_grad(), evaluating(model):
         parts = chunks(128, pixels)  # on a CPU, larger ones are half as fast: their memory is new each time
         logits = torch.cat([model(to_input(part)) for (part,) in parts])
-        errors, loss = int((logits.argmax(1) != labels).sum()), float(F.cross_entropy(logits, labels))
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss}; a smaller --lr may help")
-        ece = expected_calibration_error(logits.softmax(1), labels)
-        return dict(accuracy=100 * (1 - errors / len(labels)), errors=errors, loss=loss, ece=ece)
+    loss = float(F.cross_entropy(logits, labels))
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"the loss is {loss}; a smaller --lr may help")
+    errors = int((logits.argmax(1) != labels).sum())
+    ece = expected_calibration_error(logits.softmax(1), labels)
+    return dict(accuracy=100 * (1 - errors / len(labels)), errors=errors, loss=loss, ece=ece)
 
 
 # ------------------------------------------------------------ Algorithm 1: learn, unlearn, relearn
-def lure_(model, pi, upcoming, fresh, generator, keep=0.8) -> dict[str, Tensor]:
-    """LURE between two mega-batches, `unlearn_` on π. Every method of `run` has this signature.
+class Between(NamedTuple):
+    """What a method gets, beside the model, between two mega-batches."""
 
-    It changes the model in place and returns its mask (True: kept) or None. `pi`: the sample π, (images,
-    labels), images float in [0, 1], not augmented. `upcoming()` yields such pairs of what is trained on next,
-    mega-batch by mega-batch, the new one last. `fresh()` builds a new network. The generator is on the CPU.
-    """
+    pi: tuple[Tensor, Tensor]  # the sample π: images, float (N, C, H, W) in [0, 1], and labels (N,)
+    fresh: Callable[[], nn.Module]  # builds a new network
+    generator: torch.Generator  # on the CPU, for all that is drawn
+    data: Dataset
+    stream: list[MegaBatch]  # those learned and, last, the one that is trained on next
+
+
+def lure_(model, between: Between, keep=0.8) -> dict[str, Tensor]:
+    """LURE as a method of `run`: it changes the model in place and returns its mask (True: kept), or None."""
+    images, labels = between.pi
     try:
-        return unlearn_(model, pi[0], pi[1], keep, generator)
+        return unlearn_(model, images, labels, keep, between.generator)
     except ValueError as error:
         raise FloatingPointError(f"the network cannot be unlearned: {error}") from error
 
 
 def draw_stream(config: Config, data: Dataset) -> tuple[Dataset, list[MegaBatch]]:
     """The data, with their noisy labels, and the stream of a run, by its seed, on the device of the data."""
-    generator, device, c = torch.Generator().manual_seed(4 * config.seed), data.labels.device, config
+    c = config
+    device = data.labels.device
+    generator = torch.Generator().manual_seed(4 * c.seed)
+    # Noise: with its probability, a label is drawn anew from all classes, its own among them.
     labels = data.labels.cpu()
-    redrawn = torch.randint(len(data.classes), labels.shape, generator=generator)  # its own among them
-    labels = torch.where(torch.rand(labels.shape, generator=generator) < c.label_noise, redrawn, labels)
+    redrawn = torch.randint(len(data.classes), labels.shape, generator=generator)
+    noisy = torch.rand(labels.shape, generator=generator) < c.label_noise
+    labels = torch.where(noisy, redrawn, labels)
     stream = mega_batches(len(labels), c.mega_batches, c.replay, c.buffer_size, c.val_fraction, generator)
     stream = [MegaBatch(*(index.to(device) for index in batch)) for batch in stream]
     return data._replace(labels=labels.to(device)), stream
 
 
-def for_method(config, data: Dataset, stream, i: int, generator) -> tuple:
-    """What a method gets after mega-batch i of the data: π and `upcoming`."""
-    source = dict(learned=stream[i].new, seen=stream[i].train, next=stream[i + 1].new)[config.pi]
+def draw_pi(config, data: Dataset, learned: MegaBatch, following: MegaBatch, generator):
+    """The sample π, images and labels: a share of what was just learned, or as `config.pi` says."""
+    source = learned.new
+    if config.pi == "seen":
+        source = learned.train
+    elif config.pi == "next":
+        source = following.new
     size = max(1, round(config.pi_fraction * len(source)))
-    drawn = torch.randperm(len(source), generator=generator)[:size].to(source.device)
-    past = dict.fromkeys(stream[: i + 2])  # once each: a caller's stream may repeat a mega-batch
-    parts = [batch.new[torch.isin(batch.new, stream[i + 1].train)] for batch in past]
-    return data.samples(source[drawn]), partial(map, data.samples, [part for part in parts if len(part)])
+    order = torch.randperm(len(source), generator=generator)
+    return data.samples(source[order[:size].to(source.device)])
 
 
 def totals(rows: list[dict]) -> dict:
     """The paper's metrics of a run, from its mega-batches; accuracy and gap (section 4) in percent."""
-    last, cer = rows[-1], cumulative_error_rate(row["test"]["errors"] for row in rows)
-    train, val, test = (last[split]["accuracy"] for split in ("train", "val", "test"))
-    final = dict(test_accuracy=test, cer=cer, generalization_gap=train - val, ece=last["test"]["ece"])
-    return final | {name: sum(row[name] for row in rows) for name in ("image_passes", "seconds")}
+    last = rows[-1]
+    return dict(
+        test_accuracy=last["test"]["accuracy"],
+        cer=cumulative_error_rate(row["test"]["errors"] for row in rows),
+        generalization_gap=last["train"]["accuracy"] - last["val"]["accuracy"],
+        ece=last["test"]["ece"],
+        image_passes=sum(row["image_passes"] for row in rows),
+        seconds=sum(row["seconds"] for row in rows),
+    )
 
 
 def run(config: Config, data: Dataset, forget=None, stream=None, state=None) -> Iterator[dict]:
     """Algorithm 1, where the data are. Yields after each mega-batch the state to go on from.
 
-    `forget`: what to do between mega-batches, LURE by default; `lure_` tells what it gets. `stream`: as of
+    `forget(model, between)`: what to do between mega-batches, LURE by default. `stream`: as of
     `mega_batches`, for labels as they are; by default both are drawn by the seed. `state`: one that was
     yielded; its `mega_batches` are the rows measured so far, its tensors the live ones. At one seed, stream,
     start and order are the same for every method. ValueError for settings that cannot be,
     FloatingPointError after a mega-batch whose loss is not finite.
     """
-    c, device, forget = config, str(data.images.device), forget or partial(lure_, keep=config.keep)
-    rngs = [torch.Generator(d).manual_seed(4 * c.seed + i) for i, d in enumerate(["cpu", "cpu", device], 1)]
-    start_rng, forget_rng, order_rng = rngs
+    forget = forget or partial(lure_, keep=config.keep)
     if stream is None:
-        data, stream = draw_stream(c, data)
-    model, rows = build_model(c.arch, data, start_rng), []
-    optimizer = torch.optim.SGD(model.parameters(), c.lr, c.momentum, weight_decay=c.weight_decay, fused=True)
+        data, stream = draw_stream(config, data)
+    # The start, what is forgotten and the order are drawn independently of each other.
+    devices = ["cpu", "cpu", str(data.images.device)]
+    rngs = [torch.Generator(d).manual_seed(4 * config.seed + i) for i, d in enumerate(devices, start=1)]
+    start_rng, forget_rng, order_rng = rngs
+    model = build_model(config.arch, data, start_rng)
+    fresh = partial(build_model, config.arch, data, forget_rng)
+    optimizer = torch.optim.SGD(
+        model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay, fused=True
+    )
+    rows: list[dict] = []
     if state:
         rows = state["mega_batches"]
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
-        for rng, its_state in zip(rngs, state["generators"], strict=True):
-            rng.set_state(its_state)
+        restore_(model, optimizer, rngs, state)
     for i in range(len(rows), len(stream)):
+        batch = stream[i]
         # Learn; from the second mega-batch on, relearn.
-        train, val = stream[i].train, stream[i].val
-        if c.replay == "full":  # all so far, as `train` is
-            val = torch.cat([batch.val for batch in dict.fromkeys(stream[: i + 1])])
-        row = learn_(model, optimizer, data, train, val, c, order_rng)
-        if not c.keep_momentum:
+        row = learn_(model, optimizer, data, batch, config, order_rng)
+        if not config.keep_momentum:
             optimizer.state.clear()
         # Evaluate.
-        row["train"] = evaluate(model, data.images[train], data.labels[train])
-        row["val"] = evaluate(model, data.images[val], data.labels[val])
+        row["train"] = evaluate(model, data.images[batch.train], data.labels[batch.train])
+        row["val"] = evaluate(model, data.images[batch.val], data.labels[batch.val])
         row["test"] = evaluate(model, data.test_images, data.test_labels)
+        rows = [*rows, row]
         # Unlearn, if anything follows.
         if i + 1 < len(stream):
-            pi, upcoming = for_method(c, data, stream, i, forget_rng)
-            forget(model, pi, upcoming, partial(build_model, c.arch, data, forget_rng), forget_rng)
-        rows, generators = [*rows, row], [rng.get_state() for rng in rngs]
-        weights, momentum = model.state_dict(), optimizer.state_dict()
-        yield dict(mega_batches=rows, model=weights, optimizer=momentum, generators=generators)
+            pi = draw_pi(config, data, batch, stream[i + 1], forget_rng)
+            forget(model, Between(pi, fresh, forget_rng, data, stream[: i + 2]))
+        yield snapshot(rows, model, optimizer, rngs)
+
+
+def snapshot(rows, model, optimizer, rngs) -> dict:
+    generators = [rng.get_state() for rng in rngs]
+    return dict(
+        mega_batches=rows,
+        model=model.state_dict(),
+        optimizer=optimizer.state_dict(),
+        generators=generators,
+    )
+
+
+def restore_(model, optimizer, rngs, state: dict) -> None:
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+    for rng, its_state in zip(rngs, state["generators"], strict=True):
+        rng.set_state(its_state)
 
 
 # ------------------------------------------------------------ Command line

@@ -42,8 +42,21 @@ def batch(seed, n=5, dtype=torch.float64):
     return images, torch.randint(3, (n,), generator=generator)
 
 
+class Pairs:
+    """Data that are pairs of images and labels, one for each mega-batch."""
+
+    def __init__(self, pairs):
+        self.pairs = pairs
+
+    def samples(self, index):
+        return self.pairs[int(index)]
+
+
 def apply(method, model, pi=None, upcoming=(), fresh=None, seed=0, **own):
-    return method(model, pi, lambda: iter(upcoming), fresh, seeded(seed), **own)
+    """Call a method between two mega-batches; `upcoming`: what is trained on next, by mega-batch."""
+    parts = torch.arange(len(upcoming)).split(1)
+    stream = [lure.MegaBatch(torch.arange(len(upcoming)), part, part) for part in parts]
+    return method(model, lure.Between(pi, fresh, seeded(seed), Pairs(upcoming), stream), **own)
 
 
 # ------------------------------------------------------------ Everything or nothing

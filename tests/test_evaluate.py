@@ -499,7 +499,8 @@ def test_redrawing_accuracy_is_that_of_the_methods_and_the_model_is_put_back():
                 mask = lure.top_k_mask(random, 1 - share)
                 lure.reinitialize_(model, mask, generator)
             else:
-                baselines.METHODS[criterion](model, pi, None, None, generator, keep=1 - share)
+                between = lure.Between(pi, None, generator, None, None)
+                baselines.METHODS[criterion](model, between, keep=1 - share)
             assert measured == pytest.approx(evaluate.accuracy(model, *test))
             model.load_state_dict(before)
 
@@ -512,7 +513,7 @@ def test_redrawing_accuracy_is_also_measured_with_statistics_taken_anew():
     assert same(state(model), before)
     generator = seeded(7)
     baselines.random_scores(model, generator)  # the first to be drawn
-    baselines.METHODS["lure"](model, pi, None, None, generator, keep=0.9)
+    baselines.METHODS["lure"](model, lure.Between(pi, None, generator, None, None), keep=0.9)
     assert found["lure"][0.1] == evaluate.accuracy(runs.reestimated(model, images[:20]), *test)
 
 

@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from dataclasses import asdict, fields
 from fractions import Fraction
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +25,7 @@ from torch import nn
 from torch.nn import functional as F
 from torchmetrics.functional.classification import multiclass_calibration_error
 
+import baselines
 import lure
 
 fractions = st.sampled_from([0.0, 0.05, 0.1, 1 / 3, 0.5, 0.9])
@@ -76,14 +77,25 @@ def streams(draw, replay=("full", "buffer", "none")):
     return n, t, draw(st.sampled_from(replay)), draw(st.integers(0, 15)), fraction
 
 
+def validation_parts(stream, replay):
+    """The validation part of each mega-batch itself: under full replay, `val` is of all so far."""
+    if replay != "full":
+        return [batch.val for batch in stream]
+    starts = [0, *(len(batch.val) for batch in stream)]
+    for earlier, later in pairwise(stream):
+        assert torch.equal(later.val[: len(earlier.val)], earlier.val)
+    return [batch.val[start:] for batch, start in zip(stream, starts, strict=False)]
+
+
 @given(streams(), seeds)
 def test_the_stream_is_one_division_of_all_samples(arguments, seed):
     n, t, *_, fraction = arguments
     stream = lure.mega_batches(*arguments, seeded(seed))
-    sizes = [len(b.val) + len(b.new) for b in stream]
+    vals = validation_parts(stream, arguments[2])
+    sizes = [len(val) + len(b.new) for val, b in zip(vals, stream, strict=True)]
     assert len(sizes) == t and max(sizes) - min(sizes) <= 1
-    assert [len(b.val) for b in stream] == [max(1, round(fraction * size)) for size in sizes]
-    assert sorted(torch.cat([torch.cat([b.val, b.new]) for b in stream]).tolist()) == list(range(n))
+    assert [len(val) for val in vals] == [max(1, round(fraction * size)) for size in sizes]
+    assert sorted(torch.cat([*vals, *(b.new for b in stream)]).tolist()) == list(range(n))
     assert all(part.dtype == torch.int64 and part.device.type == "cpu" for b in stream for part in b)
 
 
@@ -160,7 +172,7 @@ def test_a_replay_that_there_is_not_is_refused(replay, size):
 
 def test_the_stream_is_by_default_the_papers():
     stream = lure.mega_batches(3000, 3, generator=seeded(1))
-    assert [(len(b.val), len(b.new)) for b in stream] == [(100, 900)] * 3
+    assert [(len(b.val), len(b.new)) for b in stream] == [(100, 900), (200, 900), (300, 900)]
     assert [len(b.train) for b in stream] == [900, 1800, 2700]
     assert [len(b.train) for b in lure.mega_batches(3000, 3, "buffer")] == [900, 1087, 1087]
 
@@ -722,7 +734,7 @@ def unlearn_(model, images, labels, loss):
 
 
 def by_lure_(model, images, labels, loss):
-    return lure.lure_(model, (images, labels), None, None, None)
+    return lure.lure_(model, lure.Between((images, labels), None, None, None, None))
 
 
 @pytest.mark.parametrize("build, step", [(mlp, by_lure_), (mlp, unlearn_), (Language, unlearn_)])
@@ -1095,7 +1107,8 @@ def test_learning_ends_with_the_first_of_the_best_epochs_and_tells_its_speed(acc
     optimizer, index = torch.optim.SGD(model.parameters(), 0.1), torch.zeros(9, dtype=torch.int64)
     config = lure.Config("digits", select="best-val", epochs=3)
     start = time.perf_counter()
-    row = lure.learn_(model, optimizer, pictures(), index, index, config, None)
+    batch = lure.MegaBatch(index, index, index)
+    row = lure.learn_(model, optimizer, pictures(), batch, config, None)
     assert 0 < row["seconds"] < time.perf_counter() - start
     assert same(state(model), ends[chosen]) and row["image_passes"] == 27
     assert row.keys() == {"running_train_accuracy", "image_passes", "seconds"}
@@ -1194,13 +1207,13 @@ def test_training_is_in_the_precision_asked_for_or_the_processors_own(precision,
 
 
 # ------------------------------------------------------------ Algorithm 1
-def nothing(model, pi, upcoming, fresh, generator):
+def nothing(model, between):
     return None
 
 
-def redraw_all(model, pi, upcoming, fresh, generator):
-    torch.rand(1000, generator=generator)
-    model.load_state_dict(fresh().state_dict())
+def redraw_all(model, between):
+    torch.rand(1000, generator=between.generator)
+    model.load_state_dict(between.fresh().state_dict())
 
 
 def states(config, *rest):
@@ -1283,7 +1296,7 @@ def test_a_state_has_the_weights_that_the_next_mega_batch_starts_with_and_the_la
     for now, epoch in zip(yielded, epochs[1:], strict=False):
         assert same(now["model"], epoch.start)
     data, stream = lure.draw_stream(config, small_data())
-    val = torch.cat([batch.val for batch in stream])
+    val = stream[-1].val
     model, row = lure.build_model("small", data, seeded(1)), yielded[-1]["mega_batches"][-1]
     model.load_state_dict(yielded[-1]["model"])
     for split, index in (("train", stream[-1].train), ("val", val)):
@@ -1297,7 +1310,7 @@ def test_a_stream_of_the_callers_is_followed_on_the_data_as_they_are(pi):
     parts = order.tensor_split(3)
     stream = [lure.MegaBatch(torch.cat([part[5:], order[:2]]), part[:5], part[5:]) for part in parts]
     samples, config = [], small_config(label_noise=1.0, pi=pi, mega_batches=8, pi_fraction=1.0)
-    yielded, epochs = watched(config, lambda model, pi, *rest: samples.append(pi), untrained, stream)
+    yielded, epochs = watched(config, lambda model, between: samples.append(between.pi), untrained, stream)
     assert [e.train.tolist() for e in epochs] == [batch.train.tolist() for batch in stream]
     assert all(torch.equal(e.data.labels, small_data().labels) for e in epochs) and len(yielded) == 3
     sources = dict(learned=[b.new for b in stream], seen=[b.train for b in stream])
@@ -1346,7 +1359,7 @@ def test_every_method_gets_the_same_stream_start_and_order():
 def test_forgetting_happens_between_mega_batches():
     calls = []
 
-    def forget(model, pi, upcoming, fresh, generator):
+    def forget(model, between):
         calls.append(state(model))
         with torch.no_grad():
             next(model.parameters()).zero_()
@@ -1362,7 +1375,7 @@ def test_forgetting_happens_between_mega_batches():
 def test_pi_is_a_share_of_what_it_is_drawn_from(pi, replay):
     config = small_config(pi=pi, replay=replay, buffer_size=9, mega_batches=3, seed=8, label_noise=0.3)
     samples = []
-    _, epochs = watched(config, lambda model, pi, *rest: samples.append(pi), untrained)
+    _, epochs = watched(config, lambda model, between: samples.append(between.pi), untrained)
     data, stream = lure.draw_stream(config, small_data())
     assert [e.train.tolist() for e in epochs] == [b.train.tolist() for b in stream]
     assert len(samples) == 2
@@ -1381,17 +1394,19 @@ def test_convolutions_in_float32_are_not_rounded(monkeypatch):
 
 def test_pi_is_never_empty():
     samples = []
-    rows(small_config(pi_fraction=1e-6), lambda model, pi, *rest: samples.append(pi))
+    rows(small_config(pi_fraction=1e-6), lambda model, between: samples.append(between.pi))
     assert [len(labels) for _, labels in samples] == [1]
 
 
 @pytest.mark.parametrize("replay", ["full", "buffer", "none"])
-def test_upcoming_yields_what_is_trained_on_next_and_the_newest_last(replay):
+def test_a_method_gets_the_data_and_the_stream_up_to_what_is_trained_on_next(replay):
     config = small_config(replay=replay, buffer_size=9, mega_batches=4, seed=2)
     calls = []
 
-    def forget(model, pi, upcoming, *rest):
-        calls.append([list(upcoming()), list(upcoming())])
+    def forget(model, between):
+        calls.append([[*baselines.upcoming(between)], [*baselines.upcoming(between)]])
+        exactly(between.data[:4], lure.draw_stream(config, small_data())[0][:4])
+        exactly(between.stream, lure.draw_stream(config, small_data())[1][: len(calls) + 1])
 
     watched(config, forget, untrained)
     data, stream = lure.draw_stream(config, small_data())
@@ -1408,8 +1423,8 @@ def test_upcoming_yields_what_is_trained_on_next_and_the_newest_last(replay):
 def test_fresh_builds_new_networks_of_the_same_kind():
     built = []
 
-    def forget(model, pi, upcoming, fresh, generator):
-        built.extend([state(model), state(fresh()), state(fresh())])
+    def forget(model, between):
+        built.extend([state(model), state(between.fresh()), state(between.fresh())])
 
     rows(small_config(), forget)
     trained, a, b = built

@@ -121,8 +121,8 @@ def test_the_rows_tell_what_share_was_redrawn(keep):
 def test_what_is_forgotten_is_measured_right_after_forgetting():
     ends = []
 
-    def forget(model, pi, upcoming, fresh, generator):
-        model.load_state_dict(fresh().state_dict())
+    def forget(model, between):
+        model.load_state_dict(between.fresh().state_dict())
         found = lure.evaluate(model, small_data().test_images, small_data().test_labels)
         ends.append(dict(accuracy=found["accuracy"], loss=found["loss"]))
 
@@ -136,9 +136,9 @@ def test_what_is_forgotten_is_measured_right_after_forgetting():
 def test_around_forgetting_the_accuracy_is_also_measured_with_statistics_taken_anew(tmp_path, monkeypatch):
     networks, data = [], small_data()
 
-    def forget(model, *between):
+    def forget(model, between):
         networks.append(copy.deepcopy(model))
-        baselines.shrink_and_perturb_(model, *between)
+        baselines.shrink_and_perturb_(model, between)
         networks.append(copy.deepcopy(model))
 
     config = baselines.Config(**SMALL_CONFIG | dict(mega_batches=3, out=str(tmp_path / "x.json")))
@@ -550,7 +550,7 @@ def test_where_files_cannot_be_held_another_runs_record_is_not_replaced(tmp_path
     out = tmp_path / "x.json"
     other = json.dumps(recorded(seed=2))
 
-    def forget(*between):
+    def forget(model, between):
         out.write_text(other)  # by another run, meanwhile
 
     with pytest.raises(ValueError, match=r"x.json: expected no file, or one of this run; found seed 2, "):
