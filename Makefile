@@ -35,7 +35,7 @@ plan = +@plan=$$(mktemp) && trap 'rm -f $$plan' EXIT && python3 -m experiments.m
     --seeds=$(call quoted,SEEDS) --args=$(call quoted,ARGS) > $$plan && $(MAKE) -f $$plan $3 all
 
 demo: jobs = $(or $(patsubst -j%,%,$(filter -j%,$(MAKEFLAGS))),$(shell getconf _NPROCESSORS_ONLN))
-demo: $(READY)  ## the paper's methods and scratch on scikit-learn's digits: a table and a figure
+demo: $(READY)  ## LURE, warm start, S&P and scratch on scikit-learn's digits: a table and a figure
 	rm -rf demo
 	$(call plan,demo,demo,$(if $(filter -j%,$(MAKEFLAGS)),,-j$$(getconf _NPROCESSORS_ONLN)))
 reproduce-%: $(READY)

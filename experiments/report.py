@@ -54,7 +54,7 @@ SUBJECTS = {
     "forgetting": "accuracy before and right after forgetting, and after relearning",
     "generations": "forget and relearn on one data set",
     "precision": "of training",
-    "demo": "the paper's methods and scratch, on digits",
+    "demo": "LURE beside warm start, S&P and scratch, on digits",
 }
 NOTES = {  # above the tables of a scale
     ("narrow", "table1"): "LLF and S&P are not measured at this scale.",

@@ -137,7 +137,7 @@ NARROW: Tables = {
 }
 SCALES = {"paper": PAPERS, "small": SMALL, "narrow": NARROW}
 SCALES["demo"] = {
-    "demo": (Part((*PAPER, "scratch"), seeds="1"),),
+    "demo": (Part(("warm-start", "sp", "lure", "scratch"), seeds="1"),),  # two runs for each of two cores
     "forgetting": (PAPERS["forgetting"][0]._replace(seeds="1"),),
 }
 SCALES["precision"] = {"precision": (Part(besides=("warm-start", "warm-start precision=float32")),)}
@@ -145,7 +145,7 @@ BASE = {
     "paper": "",
     "small": "arch=small precision=bfloat16 limit=2272 limit-test=2000 epochs=10",
     "narrow": "arch=small precision=float32",
-    "demo": "image-size=16 arch=small mega-batches=4 epochs=4",
+    "demo": "image-size=16 arch=small mega-batches=4 epochs=5",
     "precision": "precision=bfloat16 mega-batches=4 limit=1136 limit-test=1000 epochs=10",
 }
 # Of rows with `generations`. Zhou et al. train 224×224 images, by a cosine decay.
