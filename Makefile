@@ -55,7 +55,7 @@ reports: $(READY)  ## these and generations, from the runs that are there; start
 overview: $(READY)  ## results/README.md, from all tables and figures that are there
 	"$(PYTHON)" -m experiments.report overview
 
-NUMERICS = "$(PYTHON)" -m pytest -q -n auto -m numerics $(ARGS) tests
+NUMERICS = "$(PYTHON)" -m pytest -q -n auto --dist loadfile -m numerics $(ARGS) tests
 test: $(READY)  ## the test-suite
 	"$(PYTHON)" -m pytest -q -n auto --dist loadfile $(ARGS) tests
 test-long: $(READY)  ## the same with 2000 examples for each property, and more than 20 kills; half an hour

@@ -1502,7 +1502,8 @@ def test_a_compiled_network_learns_the_same_in_the_same_weights(monkeypatch):
 @pytest.fixture
 def call(monkeypatch):
     """The command line on the small data."""
-    monkeypatch.setattr(lure, "load_dataset", lambda name, folder: small_data())
+    data = small_data()  # which calls `load_dataset` if it is the first time
+    monkeypatch.setattr(lure, "load_dataset", lambda name, folder: data)
     return lambda *words: lure.main(["--dataset=digits", "--mega-batches=2", "--epochs=1", *map(str, words)])
 
 

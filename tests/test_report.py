@@ -141,7 +141,6 @@ def test_reports_whose_rows_differ_by_options(folder, tmp_path, name, rows):
         assert cells[0] == NAMES[method] and values <= set(cells[1:4])
 
 
-@pytest.mark.numerics
 def test_figures_of_what_metrics_measured(folder, tmp_path):
     runs = copy(folder, tmp_path, "digits")
     files = [runs / f"{method}-{seed}.json" for method in ("warm-start", "lure") for seed in (1, 2)]
@@ -482,7 +481,6 @@ def test_a_methods_own_settings_are_in_its_name(tmp_path):
         render(tmp_path / "table.md", [out])
 
 
-@pytest.mark.numerics
 def test_forgetting_is_reported_around_each_forgetting_and_by_tensor(folder, tmp_path):
     runs = copy(folder, tmp_path)
     out = tmp_path / "forgetting.md"
