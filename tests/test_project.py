@@ -134,7 +134,7 @@ def test_table_3_has_the_largest_gain_on_cifar10_of_the_papers_tables():
             for row in rows
         }
         lure_rows = [key for key in accuracy if key[0] == "lure" and ("warm-start", *key[1:]) in accuracy]
-        gains |= {(name, key): accuracy[key] - accuracy["warm-start", *key[1:]] for key in lure_rows}
+        gains |= {(name, key): accuracy[key] - accuracy[("warm-start", *key[1:])] for key in lure_rows}
     assert len(gains) > 10 and max(gains, key=gains.get)[0] == "table3"
 
 
