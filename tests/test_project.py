@@ -15,7 +15,7 @@ from conftest import ROOT, seeded
 
 import baselines
 import lure
-from experiments import bench, report, tables
+from experiments import bench, bench_tables, report, tables
 from experiments.data import DATASETS
 
 
@@ -142,6 +142,7 @@ def test_the_benchmark_of_the_readme_is_what_its_record_says():
     (name,) = re.findall(r"\((results/bench/[^)]+)\.md\)", README)
     result = json.loads((ROOT / f"{name}.json").read_text())
     assert bench.markdown(result) == (ROOT / f"{name}.md").read_text()
+    assert not any(map(bench_tables.disturbed, result["loops"]))
     for precision in ("bfloat16", "float32"):
         loop = result["loops"][0]["loops"][precision]
         ratio = f"{loop['ratio']:.2f} times ({loop['ratio_low']:.2f} to {loop['ratio_high']:.2f})"
