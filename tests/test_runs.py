@@ -24,8 +24,8 @@ import torch
 from conftest import ROOT, SMALL, examples, in_long, small_data, timeless
 from hypothesis import Phase, example, given
 from hypothesis import strategies as st
-from PIL import Image
 from test_data import contents
+from test_numerics import pictures
 from torch import nn
 
 import baselines
@@ -636,16 +636,6 @@ def test_a_run_without_a_record_leaves_no_state(tmp_path, monkeypatch):
 
 
 # ------------------------------------------------------------ Any command line
-def pictures(root):
-    """Two classes of 20 and 5 noisy PNGs of 12×10 pixels, the same wherever they are made."""
-    for split, count in (("train", 20), ("test", 5)):
-        for i, kind in ((i, kind) for i in range(count) for kind in (0, 1)):
-            noise = hashlib.shake_256(f"{split} {kind} {i}".encode()).digest(12 * 10 * 3)
-            path = root / split / "ab"[kind] / f"{i}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.frombytes("RGB", (12, 10), bytes(value // 2 + 60 * kind for value in noise)).save(path)
-
-
 TINY = ["--dataset=digits", "--arch=small", "--limit=60", "--limit-test=20", "--mega-batches=2", "--epochs=1"]
 TINY += ["--data=kept/data", "--cache=cache", "--out=out/x.json"]
 GOOD = {"dataset": ["digits", "folder"], "arch": ["small"], "epochs": ["1", "2"], "device": ["cpu", "cpu:0"]}
