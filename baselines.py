@@ -7,11 +7,9 @@ Every method has the signature of `lure.lure_`, which tells what it does, and se
 gets, beside the model, is a `lure.Between`.
 """
 
-import inspect
 import math
 import sys
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lure
-from experiments import command, runs
 
 
 # ------------------------------------------------------------ Everything or nothing
@@ -277,8 +274,8 @@ def loss_gradient(model, parameters, images, labels, chunk=64) -> list[Tensor]:
     return lure.gradient_of_sum(model, parameters, lure.chunks(chunk, images, labels), share_of_mean)
 
 
-# ------------------------------------------------------------ Command line
-METHODS: dict[str, runs.Method] = {
+# ------------------------------------------------------------ All methods, by name
+METHODS: dict[str, Callable[..., dict[str, Tensor] | None]] = {
     "warm-start": warm_start,
     "llf": later_layer_forgetting_,
     "sp": shrink_and_perturb_,
@@ -295,34 +292,11 @@ METHODS: dict[str, runs.Method] = {
 }
 
 
-@dataclass(frozen=True)
-class Config(runs.Config):
-    method: str = lure.option("warm-start", "what to do between mega-batches", tuple(METHODS))
-    set: tuple[str, ...] = lure.option((), "the method's own settings, as in --set shrink=0.4 noise=0.1")
-
-
-def method(config: Config) -> runs.Method:
-    """The method that is configured, with its settings: numbers with a default. ValueError for any other."""
-    function = METHODS[config.method]
-    own = {name: p.default for name, p in list(inspect.signature(function).parameters.items())[2:]}
-    given: dict = {"keep": config.keep} if own.pop("keep", None) else {}  # an option of its own
-    for setting in config.set:
-        key, _, text = setting.partition("=")
-        if key not in own:
-            raise ValueError(f"--set {setting}: {config.method} has {', '.join(own) or 'no settings'}")
-        kind = type(own[key])
-        try:
-            given[key] = kind(text)
-        except ValueError as error:
-            raise ValueError(f"--set {setting}: expected {key}=<{kind.__name__}>") from error
-        least = 1 if kind is int else 0
-        if not least <= given[key] <= 1e9:
-            raise ValueError(f"--set {setting}: expected a number from {least} to 1e9")
-    return partial(function, **given)
-
-
 def main(argv=None) -> int:
-    return command.run(argv, __doc__.split("\n")[0], Config, method)
+    """The command line, which keeps records and goes on with stopped runs; its status."""
+    from experiments import runs
+
+    return runs.main(argv, __doc__.split("\n")[0])
 
 
 if __name__ == "__main__":

@@ -34,13 +34,12 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, conv1x1, conv3x3
 from tqdm import tqdm
 
-ARCHITECTURES = ("resnet18", "resnet50", "wide_resnet50_2", "vgg16_bn", "small")
-RANK, WORLD = int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)  # by torchrun
+ARCHITECTURES = ("auto", "resnet18", "resnet50", "wide_resnet50_2", "small")
 
 
 # ------------------------------------------------------------ Settings: this dataclass is the command line
-def option(default, help, choices=(), low=0, high=1e18):
-    return field(default=default, metadata=dict(help=help, choices=choices or None, low=low, high=high))
+def option(default, help, choices=None):
+    return field(default=default, metadata=dict(help=help, choices=choices))
 
 
 @dataclass(frozen=True)
@@ -49,35 +48,30 @@ class Config:
 
     dataset: str = option("cifar10", "data set", ("digits", "cifar10", "cifar100"))
     data: str = option("data", "folder that the data set is in, or is downloaded to")
-    label_noise: float = option(0.0, "probability that a training label is redrawn, in [0, 1]", high=1)
-    arch: str = option("auto", "network; auto: small for digits, else resnet18", ("auto", *ARCHITECTURES))
-    mega_batches: int = option(8, "number of mega-batches, from 1 to 10000", low=1, high=10000)
+    label_noise: float = option(0.0, "probability that a training label is redrawn, in [0, 1]")
+    arch: str = option("auto", "network; auto: small for digits, else resnet18", ARCHITECTURES)
+    mega_batches: int = option(8, "number of mega-batches, from 1 to 10000")
     replay: str = option("full", "earlier samples to train on too", ("full", "buffer", "none"))
     buffer_size: int = option(187, "number of them under --replay buffer, at least 0")
-    val_fraction: float = option(0.1, "share for validation, in (0, 0.9]", low=1e-12, high=0.9)
-    epochs: int = option(50, "epochs per mega-batch, at least 1", low=1)
-    batch_size: int = option(64, "samples per step, at least 2", low=2)
+    val_fraction: float = option(0.1, "share for validation, in (0, 0.9]")
+    epochs: int = option(50, "epochs per mega-batch, at least 1")
+    batch_size: int = option(64, "samples per step, at least 2")
     lr: float = option(0.1, "learning rate, at least 0")
     momentum: float = option(0.9, "momentum of SGD, at least 0")
     weight_decay: float = option(1e-4, "weight decay, at least 0")
     gamma: float = option(0.1, "factor on the rate after 40 and 80 percent of the epochs, at least 0")
     select: str = option("last", "epoch whose weights a mega-batch ends with", ("last", "best-val"))
     keep_momentum: bool = option(False, "let SGD's momentum outlive the mega-batch")
-    keep: float = option(0.8, "share of the weights that unlearning keeps, in (0, 1]", low=1e-12, high=1)
+    keep: float = option(0.8, "share of the weights that unlearning keeps, in (0, 1]")
     pi: str = option("learned", "what pi is drawn from; Algorithm 1: seen", ("learned", "seen", "next"))
-    pi_fraction: float = option(0.2, "size of pi as a share of it, in (0, 1]", low=1e-12, high=1)
-    seed: int = option(1, "seed of stream, start, order and forgetting, in [0, 2^30)", high=2**30 - 1)
+    pi_fraction: float = option(0.2, "size of pi as a share of it, in (0, 1]")
+    seed: int = option(1, "seed of stream, start, order and forgetting, in [0, 2^30)")
     device: str = option("auto", "cpu, cuda, cuda:1 ...; auto: the GPU if there is one")
     precision: str = option("auto", "of training; auto: bfloat16 if fast", ("auto", "float32", "bfloat16"))
-    compile: bool = option(False, "train through torch.compile, on a GPU by CUDA graphs")
     out: str = option("", "file for the record (JSON)")
 
     def __post_init__(self):
-        for f in fields(self):
-            value, limits = getattr(self, f.name), f.metadata
-            odd = isinstance(value, (int, float)) and not limits["low"] <= value <= limits["high"]
-            if odd or (limits["choices"] and value not in limits["choices"]):
-                raise ValueError(f"--{f.name.replace('_', '-')}: expected {limits['help']}; got {value}")
+        check_settings(self, LIMITS)
         if self.arch == "auto":
             object.__setattr__(self, "arch", "small" if self.dataset == "digits" else "resnet18")
 
@@ -331,25 +325,16 @@ def load_dataset(name: str, folder="data") -> Dataset:
 
 # ------------------------------------------------------------ Networks
 def build_model(arch: str, data: Dataset, generator: torch.Generator) -> nn.Module:
-    """One of `ARCHITECTURES`, on the device of the data: float (N, C, H, W) in [0, 1] → logits (N, classes).
+    """One of `NETWORKS`, on the device of the data: float (N, C, H, W) in [0, 1] → logits (N, classes).
 
-    torchvision's ResNets with a 3×3 stem of stride 1 and no max-pool; its VGG16-BN without the fifth max-pool
-    but with global average pooling and one linear layer; small: ResNet18 at width 16. Convolutions start
-    Kaiming-normal (fan-out). It normalises its input. Its weights depend on the generator alone.
+    Convolutions start Kaiming-normal (fan-out). It normalises its input. Its weights depend on the generator
+    alone.
     """
     torch.backends.cudnn.allow_tf32 = False  # so that float32 is float32
-    channels, classes = data.images.shape[-1], len(data.classes)
+    seed = torch.randint(2**62, (), generator=generator)
     with torch.random.fork_rng([]):
-        torch.default_generator.manual_seed(int(torch.randint(2**62, (), generator=generator)))
-        if arch == "small":
-            model = small_resnet(classes, channels)
-        elif arch == "vgg16_bn":
-            model = torchvision.models.vgg16_bn(num_classes=classes, init_weights=False)
-            model.features[0], model.features[-1] = nn.Conv2d(channels, 64, 3, padding=1), nn.Identity()
-            model.avgpool, model.classifier = nn.AdaptiveAvgPool2d(1), nn.Linear(512, classes)
-        else:
-            model = getattr(torchvision.models, arch)(num_classes=classes)
-            model.conv1, model.maxpool = nn.Conv2d(channels, 64, 3, padding=1, bias=False), nn.Identity()
+        torch.default_generator.manual_seed(int(seed))
+        model = NETWORKS[arch](len(data.classes), data.images.shape[-1])
         for module in model.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -357,6 +342,14 @@ def build_model(arch: str, data: Dataset, generator: torch.Generator) -> nn.Modu
     model.register_buffer("std", torch.tensor(data.std).view(-1, 1, 1))
     model.register_forward_pre_hook(lambda model, args: (args[0] - model.mean) / model.std)
     return model.to(data.images.device).to(memory_format=torch.channels_last)
+
+
+def resnet(make: Callable, classes: int, channels: int) -> nn.Module:
+    """One of torchvision's, for small images: a 3×3 stem of stride 1 and no max-pool."""
+    model = make(num_classes=classes)
+    model.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
+    model.maxpool = nn.Identity()
+    return model
 
 
 def small_resnet(classes: int, channels: int) -> nn.Module:
@@ -374,6 +367,14 @@ def small_resnet(classes: int, channels: int) -> nn.Module:
         inputs = outputs
     layers |= dict(avgpool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), fc=nn.Linear(128, classes))
     return nn.Sequential(OrderedDict(layers))
+
+
+NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {
+    "resnet18": partial(resnet, torchvision.models.resnet18),
+    "resnet50": partial(resnet, torchvision.models.resnet50),
+    "wide_resnet50_2": partial(resnet, torchvision.models.wide_resnet50_2),
+    "small": small_resnet,
+}
 
 
 # ------------------------------------------------------------ Learn: the loop, all of it on the device
@@ -416,46 +417,39 @@ def train_epoch_(model, optimizer, data: Dataset, train: Tensor, config, generat
     """One epoch on the samples `train`, without a synchronisation. Returns the running accuracy, [0, 1]."""
     device = train.device
     bfloat16 = pick_precision(config.precision, device) == "bfloat16"
-    correct = torch.zeros((), dtype=torch.float64, device=device)
+    correct = torch.zeros((), dtype=torch.int64, device=device)
     model.train()
     for index in batches(train, config.batch_size, generator):
-        share = slice(RANK * len(index) // WORLD, (RANK + 1) * len(index) // WORLD)  # this process's
         images = augmented(data.images, index, data.padding, data.flip, generator)
         target = data.labels[index]
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-            logits = model(images[share])
+            logits = model(images)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        loss = F.cross_entropy(logits, target[share], reduction="sum") / (len(index) / WORLD)
+        loss = F.cross_entropy(logits, target)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        correct += (logits.argmax(1) == target[share]).sum() * WORLD
-    if WORLD > 1:  # batch normalisation uses each process's share; then running statistics become the mean
-        for tensor in (correct, *(b for name, b in model.named_buffers() if "running_" in name)):
-            torch.distributed.all_reduce(tensor)
-            tensor /= WORLD
-    return correct / len(train)
+        correct += (logits.argmax(1) == target).sum()
+    model.eval()
+    return correct.double() / len(train)
 
 
 def batches(train: Tensor, size: int, generator) -> list[Tensor]:
     """The samples in random order, `size` at a time; a last few, who would spoil running statistics, join."""
     order = train[torch.randperm(len(train), device=train.device, generator=generator)]
     parts = list(order.split(size))
-    if len(parts) > 1 and len(parts[-1]) < max(size / 2, 2 * WORLD):
+    if len(parts) > 1 and len(parts[-1]) < max(size / 2, 2):
         parts[-2:] = [torch.cat(parts[-2:])]
     return parts
 
 
-def learn_(model, optimizer, data: Dataset, batch: MegaBatch, config, generator) -> dict:
+def learn_(model, optimizer, data: Dataset, batch: MegaBatch, config, generator, wrap=None) -> dict:
     """Train on a mega-batch; its validation samples are for best-val. Returns accuracy and cost."""
     start = time.perf_counter()
-    net = torch.compile(model, mode="reduce-overhead") if config.compile else model
-    if WORLD > 1:  # this sends the first process's weights and statistics to all
-        net = nn.parallel.DistributedDataParallel(net)
-        net.broadcast_buffers = False  # statistics are each process's own, until they are averaged
+    net = wrap(model) if wrap else model
     best_accuracy = -1.0
     best_weights = None
-    for epoch in tqdm(range(config.epochs), "epochs", leave=False, disable=RANK > 0 or None):
+    for epoch in tqdm(range(config.epochs), "epochs", leave=False, disable=None):
         # The rate decays after 40 and after 80 percent of the epochs: of 50, at 20 and at 40.
         decays = sum(5 * epoch >= fifths * config.epochs for fifths in (2, 4))
         optimizer.param_groups[0]["lr"] = config.lr * config.gamma**decays
@@ -546,14 +540,15 @@ def totals(rows: list[dict]) -> dict:
     )
 
 
-def run(config: Config, data: Dataset, forget=None, stream=None, state=None) -> Iterator[dict]:
+def run(config: Config, data: Dataset, forget=None, stream=None, state=None, wrap=None) -> Iterator[dict]:
     """Algorithm 1, where the data are. Yields after each mega-batch the state to go on from.
 
     `forget(model, between)`: what to do between mega-batches, LURE by default. `stream`: as of
     `mega_batches`, for labels as they are; by default both are drawn by the seed. `state`: one that was
-    yielded; its `mega_batches` are the rows measured so far, its tensors the live ones. At one seed, stream,
-    start and order are the same for every method. ValueError for settings that cannot be,
-    FloatingPointError after a mega-batch whose loss is not finite.
+    yielded; its `mega_batches` are the rows measured so far, its tensors the live ones. `wrap(model)`: what
+    to train the model through, as `torch.compile`. At one seed, stream, start and order are the same for
+    every method. ValueError for settings that cannot be, FloatingPointError after a mega-batch whose loss is
+    not finite.
     """
     forget = forget or partial(lure_, keep=config.keep)
     if stream is None:
@@ -574,7 +569,7 @@ def run(config: Config, data: Dataset, forget=None, stream=None, state=None) -> 
     for i in range(len(rows), len(stream)):
         batch = stream[i]
         # Learn; from the second mega-batch on, relearn.
-        row = learn_(model, optimizer, data, batch, config, order_rng)
+        row = learn_(model, optimizer, data, batch, config, order_rng, wrap)
         if not config.keep_momentum:
             optimizer.state.clear()
         # Evaluate.
@@ -607,6 +602,34 @@ def restore_(model, optimizer, rngs, state: dict) -> None:
 
 
 # ------------------------------------------------------------ Command line
+LIMITS = dict(  # the least and the largest value
+    label_noise=(0, 1),
+    mega_batches=(1, 10000),
+    buffer_size=(0, 1e18),
+    val_fraction=(1e-12, 0.9),
+    epochs=(1, 1e18),
+    batch_size=(2, 1e18),
+    lr=(0, 1e18),
+    momentum=(0, 1e18),
+    weight_decay=(0, 1e18),
+    gamma=(0, 1e18),
+    keep=(1e-12, 1),
+    pi_fraction=(1e-12, 1),
+    seed=(0, 2**30 - 1),
+)
+
+
+def check_settings(config: Config, limits: dict) -> None:
+    """ValueError for a setting that is none of its choices or beyond its limits."""
+    for f in fields(config):
+        value = getattr(config, f.name)
+        choices = f.metadata["choices"] or [value]
+        least, largest = limits.get(f.name, (value, value))
+        if value not in choices or not least <= value <= largest:
+            name = f.name.replace("_", "-")
+            raise ValueError(f"--{name}: expected {f.metadata['help']}; got {value}")
+
+
 def pick_device(name: str) -> torch.device:
     """The device of that name; auto: the GPU if there is one. ValueError if there is none."""
     name = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
@@ -649,7 +672,7 @@ def main(argv=None) -> None:
     """The command line: a line for each mega-batch on stderr, then the totals. An error is one line."""
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, allow_abbrev=False)
     add_settings(parser, Config)
-    if WORLD > 1:
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         parser.error("for several processes: torchrun baselines.py --method lure")
     try:
         c = Config(**vars(parser.parse_args(argv)))

@@ -333,8 +333,8 @@ def main(argv=None) -> int:
     add("--workers", default=min(4, os.cpu_count() or 1), **count, help="of the plain loop's DataLoader")
     add("--pi", default=1125, **count, help="images to unlearn by; default: the protocol's 1125")
     add("--batch-sizes", default=[], **some, help="a table of their rates, as 32 64 128 256 512 1024")
-    archs = dict(choices=lure.ARCHITECTURES, metavar="ARCH", nargs="+")
-    add("--networks", default=[], **archs, help=f"a table of unlearning: {', '.join(lure.ARCHITECTURES)}")
+    archs = dict(choices=lure.NETWORKS, metavar="ARCH", nargs="+")
+    add("--networks", default=[], **archs, help=f"a table of unlearning: {', '.join(lure.NETWORKS)}")
     add("--out", type=Path, metavar="FOLDER", help="where to write DEVICE.json and DEVICE.md")
     args = parser.parse_args(argv)
     args.argv = sys.argv[1:] if argv is None else argv

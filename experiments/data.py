@@ -20,6 +20,7 @@ from torchvision.transforms.functional import pil_to_tensor, resize
 from tqdm import tqdm
 
 import lure
+from experiments.command import DataError
 from experiments.files import load, write
 from lure import Dataset
 
@@ -31,10 +32,6 @@ RESTRICTED_IMAGENET = {  # balanced; inclusive ranges of the index of the 1000 s
     "butterfly": (322, 326), "monkey": (371, 374), "fish": (393, 397), "fruit": (948, 952),
     "fungus": (992, 996),
 }  # fmt: skip
-
-
-class DataError(Exception):
-    """The data are not as they should be; the message names the file and says what was expected."""
 
 
 def load_dataset(

@@ -9,9 +9,10 @@ import statistics
 import torch
 
 from baselines import METHODS
-from evaluate import CORRUPTIONS, EPSILONS, SHARES, SIGMAS
+from evaluate import CORRUPTIONS
 from experiments.claims import is_of
 from experiments.differences import interval, mean_and_error, paired, spread, warm_start_of
+from experiments.measure import EPSILONS, SHARES, SIGMAS
 from experiments.rows import NAMES, Row
 
 DEVIATION = "bars: ± standard deviation over seeds"

@@ -16,7 +16,8 @@ from typing import BinaryIO
 import torch
 import torchvision
 
-from lure import WORLD, Dataset
+from experiments.ranks import WORLD
+from lure import Dataset
 
 
 def write(path: str | Path, save: Callable[[BinaryIO], object]) -> None:
@@ -86,7 +87,8 @@ def load(path: str | Path, **options):
 
 PROJECT = Path(__file__).resolve().parent.parent
 # The code that a run consists of.
-SOURCES = ("lure.py", "baselines.py", *(f"experiments/{n}.py" for n in ("command", "data", "files", "runs")))
+ROOMS = ("command", "data", "files", "ranks", "runs")
+SOURCES = ("lure.py", "baselines.py", *(f"experiments/{room}.py" for room in ROOMS))
 
 
 @functools.cache

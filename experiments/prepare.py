@@ -12,7 +12,6 @@ import sys
 from dataclasses import asdict
 from functools import cache
 
-import baselines
 import lure
 from experiments import runs, tables
 from experiments.command import Parser, guarded
@@ -56,13 +55,13 @@ def refuse_what_was_not_given(asked: argparse.Namespace, paths: dict[Run, str], 
         raise ValueError("CIFAR10C: expected CIFAR10C=<folder of CIFAR-10-C>")
 
 
-def config_of(run: Run, asked: argparse.Namespace) -> baselines.Config:
+def config_of(run: Run, asked: argparse.Namespace) -> runs.Config:
     parser = Parser(allow_abbrev=False)
-    lure.add_settings(parser, baselines.Config)
-    return baselines.Config(**vars(parser.parse_args(shlex.split(command(run, asked)))))
+    lure.add_settings(parser, runs.Config)
+    return runs.Config(**vars(parser.parse_args(shlex.split(command(run, asked)))))
 
 
-def digest_of(config: baselines.Config) -> dict:
+def digest_of(config: runs.Config) -> dict:
     size = config.image_size if config.dataset in FOLDERS else 0
     return digest_of_part(
         *(config.dataset, config.data, config.cache, size),
@@ -75,7 +74,7 @@ def digest_of_part(name, folder, cache_folder, size, *part) -> dict:
     return data_digest(part_of(loaded(name, folder, cache_folder, size), name, *part))
 
 
-def compare(path: str, config: baselines.Config, data: dict | None) -> None:
+def compare(path: str, config: runs.Config, data: dict | None) -> None:
     """ValueError if the record is of another run; without data, by the options alone."""
     run = dict(config=json.loads(json.dumps(asdict(config))), data=data or {}, precision=config.precision)
     free = {"its precision"} if config.precision == "auto" else set()

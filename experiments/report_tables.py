@@ -5,9 +5,9 @@ Enters: rows, of rows.py, and the paper's numbers. Leaves: text.
 
 from typing import NamedTuple
 
-from evaluate import EPSILONS, SIGMAS
 from experiments.claims import is_of
 from experiments.differences import paired, paired_p, pooled_p, spread, warm_start_of, with_interval
+from experiments.measure import EPSILONS, SIGMAS
 from experiments.rows import NAMES, Row
 
 

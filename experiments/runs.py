@@ -1,10 +1,15 @@
-"""A run as a file: its record with where it comes from, and its state to go on from."""
+"""A run as a file: its record, which says where it comes from, and its state to go on from.
+
+Enters: the command line of baselines.py. Leaves: a record (JSON), a checkpoint, and until they are there a
+state after each mega-batch; the same call goes on from it.
+"""
 
 import copy
 import glob
 import inspect
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -13,29 +18,109 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
+import torchvision
 from torch import Tensor, nn
 
+import baselines
 import lure
-from experiments.data import DATASETS, DataError, load_dataset
+from experiments.command import DataError, Parser, guarded
+from experiments.data import DATASETS, load_dataset
 from experiments.files import held, load, provenance, write, write_text
-from lure import RANK, WORLD, Dataset, MegaBatch, option
+from experiments.ranks import RANK, WORLD, Parallel, by_first, first_before_others, join, leave, take_gpu
+from lure import Dataset, MegaBatch, option
 
 Method = Callable[..., dict | None]  # `lure.lure_` tells what it gets and does
 
 
+def vgg16_bn(classes: int, channels: int) -> nn.Module:
+    """torchvision's for Table 6, without the fifth max-pool, with average pooling and one linear layer."""
+    model = torchvision.models.vgg16_bn(num_classes=classes, init_weights=False)
+    model.features[0] = nn.Conv2d(channels, 64, 3, padding=1)
+    model.features[-1] = nn.Identity()
+    model.avgpool = nn.AdaptiveAvgPool2d(1)
+    model.classifier = nn.Linear(512, classes)
+    return model
+
+
+lure.NETWORKS["vgg16_bn"] = vgg16_bn
+
+
+# ------------------------------------------------------------ Settings
 @dataclass(frozen=True)
 class Config(lure.Config):
-    """The settings of `lure.run`, and those of the data and the files around it."""
+    """The settings of `lure.run`, and those of the method, of the data and of the files around it."""
 
     dataset: str = option("cifar10", "data set", DATASETS)
+    arch: str = option("auto", "network; auto: small for digits, else resnet18", ("auto", *lure.NETWORKS))
     cache: str = option(".cache", "folder for decoded images")
-    image_size: int = option(0, "side to resize to, at most 1024; 0: as they are, folders to 32", high=1024)
+    image_size: int = option(0, "side to resize to, at most 1024; 0: as they are, folders to 32")
     limit: int = option(0, "training images to use, a stratified choice; 0: all")
     limit_test: int = option(0, "test images to use, a stratified choice; 0: all")
     shots: int = option(0, "training images of each class to use, whatever --limit is; 0: all")
     generations: bool = option(False, "let every mega-batch be the whole training set")
+    compile: bool = option(False, "train through torch.compile, on a GPU by CUDA graphs")
     checkpoint: str = option("", "file for the final weights")
+    method: str = option("warm-start", "what to do between mega-batches", tuple(baselines.METHODS))
+    set: tuple[str, ...] = option((), "the method's own settings, as in --set shrink=0.4 noise=0.1")
+
+    def __post_init__(self):
+        super().__post_init__()
+        lure.check_settings(self, LIMITS)
+
+
+LIMITS = dict(image_size=(0, 1024), limit=(0, 1e18), limit_test=(0, 1e18), shots=(0, 1e18))
+
+
+def method(config: Config) -> Method:
+    """The method that is configured, with its settings: numbers with a default. ValueError for any other."""
+    function = baselines.METHODS[config.method]
+    _model, _between, *parameters = inspect.signature(function).parameters.values()
+    own = {parameter.name: parameter.default for parameter in parameters}
+    given: dict = {}
+    if own.pop("keep", None):  # it has an option of its own
+        given["keep"] = config.keep
+    for setting in config.set:
+        key, _, text = setting.partition("=")
+        if key not in own:
+            raise ValueError(f"--set {setting}: {config.method} has {', '.join(own) or 'no settings'}")
+        kind = type(own[key])
+        try:
+            given[key] = kind(text)
+        except ValueError as error:
+            raise ValueError(f"--set {setting}: expected {key}=<{kind.__name__}>") from error
+        least = 1 if kind is int else 0
+        if not least <= given[key] <= 1e9:
+            raise ValueError(f"--set {setting}: expected a number from {least} to 1e9")
+    return partial(function, **given)
+
+
+def check_machine(config: Config) -> None:
+    """ValueError for what this machine has not."""
+    lure.pick_device(config.device)
+    compilers = (os.environ.get("CXX", "g++"), "clang++")
+    if config.compile and not any(map(shutil.which, compilers)):
+        raise ValueError("--compile: expected a C++ compiler, g++ or what CXX names")
+
+
+def main(argv: list[str] | None, description: str) -> int:
+    """The command line of baselines.py, in each process. Its status is that of `guarded`."""
+    parser = Parser(description=description, allow_abbrev=False)
+    lure.add_settings(parser, Config)
+
+    def call():
+        join()
+        # What is wrong is told once, by the first process.
+        given = by_first(lambda: vars(parser.parse_args(argv)))
+        config = by_first(lambda: Config(**given))
+        by_first(lambda: method(config))
+        by_first(lambda: check_machine(config))
+        take_gpu(config.device)
+        record = recorded(config, method(config))
+        if RANK == 0:
+            print(json.dumps(record["totals"]))
+        leave()
+
+    return guarded(parser.prog, call)
 
 
 # ------------------------------------------------------------ The run
@@ -46,56 +131,85 @@ def recorded(config: Config, forget: Method) -> dict:
     the first alone reads and writes these. ValueError for settings that cannot be, DataError for data,
     FloatingPointError for a loss that is not finite, OSError for a file that cannot be written.
     """
-    c, device = config, lure.pick_device(config.device)
-    data = loaded_once(c)
-    origin = provenance(command_line(c), device, data)
-    origin["precision"] = lure.pick_precision(c.precision, device)
-    record = dict(format=FORMAT, config=asdict(c), totals={}, mega_batches=[], **origin)
-    record = json.loads(json.dumps(record))  # as it will be read
+    device = lure.pick_device(config.device)
+    data = loaded_once(config)
+    record = new_record(config, data, device)
     if by_first(lambda: record["data"]) != record["data"]:
-        raise DataError(f"{c.data}: expected the data of the first process, found others")
-    if done := by_first(lambda: finished(c, record)):
+        raise DataError(f"{config.data}: expected the data of the first process, found others")
+    if done := by_first(lambda: finished(config, record)):
         return done
-    by_first(lambda: check_feasible(c, data))
-    with held(*filter(None, (c.out, c.checkpoint))) if RANK == 0 else nullcontext():
-        return by_first(lambda: finished(c, record)) or computed(c, forget, data, device, record)
+    by_first(lambda: check_feasible(config, data))
+    files = [path for path in (config.out, config.checkpoint) if path]
+    with held(*files) if RANK == 0 else nullcontext():
+        # Another call may have finished it in between.
+        return by_first(lambda: finished(config, record)) or computed(config, forget, data, device, record)
+
+
+def new_record(config: Config, data: Dataset, device: torch.device) -> dict:
+    """The record of a run that is to begin, as it will be read."""
+    record = dict(format=FORMAT, config=asdict(config), totals={}, mega_batches=[])
+    record |= provenance(command_line(config), device, data)
+    record["precision"] = lure.pick_precision(config.precision, device)
+    return json.loads(json.dumps(record))
 
 
 def computed(config: Config, forget: Method, data: Dataset, device: torch.device, record: dict) -> dict:
     """The record of a run that is not finished, completed and written."""
-    c, path = config, f"{config.out}.state"
-    earlier = by_first(lambda: read_earlier(path, load, record, ALL_THE_SAME)) if c.out else None
+    state_path = f"{config.out}.state"
+    earlier = None
+    if config.out:
+        earlier = by_first(lambda: read_earlier(state_path, load, record, ALL_THE_SAME))
     state: dict = earlier or {}
     rows = state.get("mega_batches", [])
-    stem, of = f"{Path(c.out).stem} mega-batch".lstrip(), f"of {c.mega_batches}"
-    data, stream = draw_stream(c, data.to(device))
+    data, stream = draw_stream(config, data.to(device))
     found: dict = {}
     observing = observed(forget, data, iter(stream[len(rows) :]), found)
     try:
-        for state in lure.run(c, data, observing, stream, earlier):
+        for state in lure.run(config, data, observing, stream, earlier, wrapper(config)):
             rows = state["mega_batches"]
-            rows[-1] |= dict(redrawn=None, redrawn_by_tensor=None, forgotten=None, reestimated=None) | found
+            rows[-1] |= NOTHING_FORGOTTEN | found
             found.clear()
             if RANK == 0:
                 accuracy = f"{rows[-1]['test']['accuracy']:.2f} % of the test set"
-                print(f"{stem} {len(rows)} {of}: {accuracy}", file=sys.stderr, flush=True)
-            if RANK == 0 and c.out:
-                write(path, partial(torch.save, record | state))
+                print(f"{place(config, len(rows))}: {accuracy}", file=sys.stderr, flush=True)
+            if RANK == 0 and config.out:
+                write(state_path, partial(torch.save, record | state))
     except FloatingPointError as error:
-        raise FloatingPointError(f"{stem} {len(rows) + 1} {of}: {error}") from error
-    record |= dict(mega_batches=rows, totals=lure.totals(rows))
-    by_first(lambda: read_earlier(c.out, read_record, record))  # another run's, where files cannot be held
-    if RANK == 0 and c.checkpoint:
-        weights = dict(config=asdict(c), classes=data.classes, data=record["data"], weights=state["model"])
-        write(c.checkpoint, partial(torch.save, weights))
-    if RANK == 0 and c.out:
-        write_text(c.out, json.dumps(record, indent=1) + "\n")
-        tidy(c)
+        raise FloatingPointError(f"{place(config, len(rows) + 1)}: {error}") from error
+    record["mega_batches"] = rows
+    record["totals"] = lure.totals(rows)
+    by_first(lambda: read_earlier(config.out, read_record, record))  # another run's, where nothing is held
+    if RANK == 0 and config.checkpoint:
+        checkpoint = dict(config=asdict(config), classes=data.classes, data=record["data"])
+        checkpoint["weights"] = state["model"]
+        write(config.checkpoint, partial(torch.save, checkpoint))
+    if RANK == 0 and config.out:
+        write_text(config.out, json.dumps(record, indent=1) + "\n")
+        tidy(config)
     return record
 
 
+def place(config: Config, number: int) -> str:
+    """Where a run is, as its lines say."""
+    return f"{Path(config.out).stem} mega-batch {number} of {config.mega_batches}".lstrip()
+
+
+def wrapper(config: Config) -> Callable[[nn.Module], nn.Module]:
+    """What a network is trained through."""
+
+    def wrap(model):
+        if config.compile:
+            model = torch.compile(model, mode="reduce-overhead")
+        return Parallel(model) if WORLD > 1 else model
+
+    return wrap
+
+
+NOTHING_FORGOTTEN = dict(redrawn=None, redrawn_by_tensor=None, forgotten=None, reestimated=None)
+
+
 def observed(forget: Method, data: Dataset, learned: Iterator[MegaBatch], found: dict) -> Method:
-    """The method, which also notes what it redraws and how good the network is right after.
+    """The method, which also notes in `found` what it redraws and how good the network is right after.
 
     That is noted with batch normalisation's running statistics as they are, and with new ones of the first
     1000 samples of the mega-batch just learned: the old ones are of weights that are no more. `learned`
@@ -140,13 +254,9 @@ def reestimated(model: nn.Module, images: Tensor, chunk: int = 125) -> nn.Module
 
 def loaded_once(config: Config) -> Dataset:
     """The data, which the first process of each machine loads before the others, and so fills the cache."""
-    c, first = config, os.environ.get("LOCAL_RANK") == "0"
-    if WORLD > 1 and not first:
-        dist.barrier()
-    data = load_dataset(c.dataset, c.data, c.cache, c.image_size, c.limit, c.limit_test, c.shots)
-    if WORLD > 1 and first:
-        dist.barrier()
-    return data
+    c = config
+    part = (c.image_size, c.limit, c.limit_test, c.shots)
+    return first_before_others(lambda: load_dataset(c.dataset, c.data, c.cache, *part))
 
 
 def draw_stream(config: Config, data: Dataset) -> tuple[Dataset, list[MegaBatch]]:
@@ -162,12 +272,17 @@ def check_feasible(config: Config, data: Dataset) -> None:
     _, stream = draw_stream(config, data)
     if config.arch == "vgg16_bn" and min(data.images.shape[1:3]) < 16:
         raise ValueError("--arch vgg16_bn: expected images of at least 16×16 pixels, for its four max-pools")
-    if min(config.batch_size, *(len(batch.train) for batch in stream)) < 2 * WORLD:
-        raise ValueError("--mega-batches, --batch-size: expected two training samples for every process")
-    taken = map(os.path.realpath, (config.out, f"{config.out}.state"))
+    # The last samples of an epoch are at least half a batch, or else they join the batch before.
+    fewest = min(len(batch.train) for batch in stream)
+    if fewest < 2 * WORLD or config.batch_size < (4 * WORLD if WORLD > 1 else 2):
+        raise ValueError(
+            "--mega-batches, --batch-size: expected two training samples of a batch for every process"
+        )
+    state_path = f"{config.out}.state" if config.out else ""
+    taken = [os.path.realpath(path) for path in (config.out, state_path)]
     if config.checkpoint and os.path.realpath(config.checkpoint) in taken:
         raise ValueError(f"--checkpoint {config.checkpoint}: expected another file than --out and its state")
-    for path in filter(None, (config.out, config.out and f"{config.out}.state", config.checkpoint)):
+    for path in filter(None, (config.out, state_path, config.checkpoint)):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         odd = path.endswith("/") or (os.path.exists(path) and not os.path.isfile(path))
         if odd or not os.access(Path(path).parent, os.W_OK):
@@ -185,39 +300,41 @@ ALL_THE_SAME = (
 )
 
 
+def differing(there: dict, here: dict, keys=(), but=frozenset()) -> list[str]:
+    """In which data, settings and `keys` two records differ, in words; what `but` names does not count."""
+
+    def told(record):
+        return record["data"] | DEFAULTS | record["config"] | {f"its {key}": record[key] for key in keys}
+
+    old = told(there)
+    new = told(here)
+    free = {*PATHS, *but}
+    odd = [name for name in old | new if name not in free and old.get(name) != new.get(name)]
+    return [f"{name} {old.get(name)}, not {new.get(name)}" for name in odd]
+
+
 def read_earlier(path: str, read, run: dict, keys=(), but=frozenset()) -> dict | None:
     """What an earlier call of the run left at `path`, if anything. ValueError if it is not of this run.
 
-    Beside configuration, data and precision, `keys` have to be the same; what `but` names need not be.
+    Beside configuration, data and the precision that it ran in, whatever the option's word, `keys` have to be
+    the same; what `but` names need not be.
     """
     if not os.path.isfile(path):
         return None
     try:
         record = read(path)
-        # The precision that it ran in, whatever the option's word.
-        there, here = (
-            {f"its {k}": r[k] for k in ("precision", *keys)} | r["data"] | DEFAULTS | r["config"]
-            for r in (record, run)
-        )
-        free = {"precision", *PATHS, *but}
-        odd = [k for k in there | here if k not in free and there.get(k) != here.get(k)]
+        odd = differing(record, run, ("precision", *keys), {"precision", *but})
     except Exception as error:
         kind = type(error).__name__
         raise ValueError(f"{path}: expected what a call of this run wrote, or no file ({kind})") from error
     if odd:
-        found = ", ".join(f"{k} {there.get(k)}, not {here.get(k)}" for k in odd)
+        found = ", ".join(odd)
         raise ValueError(f"{path}: expected no file, or one of this run; found {found}")
     return record
 
 
 def read_record(path: str) -> dict:
     return json.loads(Path(path).read_text())
-
-
-def alike(config: dict, other: dict) -> bool:
-    """Whether two runs' settings are the same but for where things are; one may lack what came later."""
-    both = [DEFAULTS | json.loads(json.dumps(of)) for of in (config, other)]
-    return all(both[0].get(k) == both[1].get(k) for k in both[0] | both[1] if k not in PATHS)
 
 
 def finished(config: Config, run: dict) -> dict | None:
@@ -238,19 +355,16 @@ def tidy(config: Config) -> None:
 
 
 def command_line(config: Config) -> list[str]:
-    """The call, of the script that has these settings, that means `config`: the data first."""
-    words = [os.path.basename(inspect.getfile(type(config)))]
+    """The call that means `config`, the data first."""
+    words = ["baselines.py"]
     data = ("dataset", "data", "cache", "image_size", "limit", "limit_test", "shots")
     for f in sorted(fields(config), key=lambda f: f.name not in data):
-        if (value := getattr(config, f.name)) not in (f.default, ()):
-            values = [] if value is True else value if isinstance(value, (list, tuple)) else [value]
-            words += ["--" + f.name.replace("_", "-"), *map(str, values)]
+        value = getattr(config, f.name)
+        if value in (f.default, ()):
+            continue
+        words.append("--" + f.name.replace("_", "-"))
+        if isinstance(value, (list, tuple)):
+            words += value
+        elif value is not True:
+            words.append(str(value))
     return words
-
-
-def by_first(call):
-    """What `call` returns in the first process, in all of them."""
-    result = [call() if RANK == 0 else None]
-    if WORLD > 1:
-        dist.broadcast_object_list(result)
-    return result[0]

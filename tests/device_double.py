@@ -29,6 +29,7 @@ from torch.utils.backend_registration import _DummyBackendModule, _setup_private
 
 import baselines
 import lure
+from experiments import runs
 
 CARD, HostGenerator, aten = "card", torch.Generator, torch.ops.aten
 COPIES = (aten.copy_.default, aten._to_copy.default)
@@ -158,7 +159,7 @@ for read in [*READS.split(), "loss.to('cpu').to(device)", "logits.detach()[logit
 def states(data, method="lure", state=None, **changes):
     """Copies, on the processor, of what a run yields."""
     config = small_config(precision="float32", **changes)
-    run = lure.run(config, data, baselines.method(baselines.Config(method=method)), state=state)
+    run = lure.run(config, data, runs.method(runs.Config(method=method)), state=state)
     return [tree_map_only(Tensor, lambda x: x.to("cpu", copy=True), timeless(state)) for state in run]
 
 

@@ -16,6 +16,7 @@ from torch import nn
 import baselines
 import lure
 from experiments import runs
+from experiments.ranks import WORLD, Parallel
 
 TINY = dict(dataset="digits", image_size=8, limit=120, limit_test=60, mega_batches=3, epochs=6, device="cpu")
 
@@ -40,9 +41,10 @@ def watched(config, method=lure.lure_):
         return row
 
     def epoch_spy(net, *rest):
-        found["broadcast"] = getattr(net, "broadcast_buffers", None)
+        own = net.parallel if WORLD > 1 else net
+        found["broadcast"] = getattr(own, "broadcast_buffers", None)
         found["samples"].append([])
-        hook = net.register_forward_pre_hook(forward_spy, prepend=True)
+        hook = own.register_forward_pre_hook(forward_spy, prepend=True)
         running = train_epoch(net, *rest)
         hook.remove()
         found["accuracies"].append(float(running))
@@ -70,13 +72,37 @@ def watched(config, method=lure.lure_):
         return found | dict(record=runs.recorded(config, forget))
 
 
+def trained_on_batches(sizes=(64, 63, 65, 7)):
+    """The weights after a step on each of some batches, and running statistics after the first."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(1)
+        exact = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(144, 10)).double()
+        with_batch_norm = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Linear(64, 10)).double()
+    statistics = []
+    for model in (exact, with_batch_norm):
+        net = Parallel(model) if WORLD > 1 else model
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        for size in sizes:
+            images = torch.rand(size, 1, 8, 8, generator=generator, dtype=torch.float64)
+            labels = torch.randint(10, (size,), generator=generator)
+            net.train()
+            loss = nn.functional.cross_entropy(net(images), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            net.eval()
+            statistics.append({name: t.clone() for name, t in model.named_buffers()})
+    return dict(weights=exact.state_dict(), statistics=statistics[len(sizes)])
+
+
 def experiments():
     with_batch_norm = watched(runs.Config(**TINY))
     other = watched(runs.Config(**TINY | dict(select="best-val", replay="none")), baselines.fisher_)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lure, "build_model", without_batch_norm)
         exact = watched(runs.Config(**TINY | dict(precision="float32", epochs=4, lr=0.05)))
-    return dict(with_batch_norm=with_batch_norm, other=other, exact=exact)
+    return dict(with_batch_norm=with_batch_norm, other=other, exact=exact, batches=trained_on_batches())
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from torch import nn
 
 import baselines
 import lure
+from experiments import runs
 
 
 def net(seed, dtype=torch.float64):
@@ -661,7 +662,7 @@ def test_rifle_names_a_network_without_a_linear_layer():
     ],
 )
 def test_a_method_is_given_its_settings_and_the_share_to_keep_if_it_has_one(name, given_settings, expected):
-    method = baselines.method(baselines.Config(method=name, set=tuple(given_settings), keep=0.6))
+    method = runs.method(runs.Config(method=name, set=tuple(given_settings), keep=0.6))
     assert method.func is baselines.METHODS[name] and method.keywords == expected and method.args == ()
     assert all(type(method.keywords[k]) is type(v) for k, v in expected.items())
 

@@ -17,8 +17,8 @@ from torch import nn
 import baselines
 import evaluate
 import lure
-from experiments import runs
-from experiments.data import DataError, load_dataset, resized, resized_as
+from experiments import measure, runs
+from experiments.data import load_dataset, resized, resized_as
 
 
 def network(seed=0):
@@ -193,7 +193,7 @@ def test_corruption_folder_that_is_not_one_names_the_file(tmp_path):
         ),
     ):
         spoil()
-        with pytest.raises(DataError, match=message):
+        with pytest.raises(ValueError, match=message):
             evaluate.corruption_accuracy(Gray(), folder)
 
 
@@ -216,7 +216,7 @@ LABELS = np.tile(np.arange(6, dtype=np.uint8) % 5, 5)
 def test_labels_that_are_none_of_five_severities_of_these_classes_are_refused(labels, message, tmp_path):
     folder = corrupted(tmp_path / "c")
     np.save(folder / "labels.npy", labels)
-    with pytest.raises(DataError, match=f"labels.npy: expected {message}"):
+    with pytest.raises(ValueError, match=f"labels.npy: expected {message}"):
         evaluate.corruption_accuracy(Gray(), folder)
 
 
@@ -487,7 +487,7 @@ def test_redrawing_accuracy_is_that_of_the_methods_and_the_model_is_put_back():
     model, (images, labels) = network(1).eval(), pictures(60)
     before = state(model)
     pi, test, shares = (images[:30], labels[:30]), (images[30:], labels[30:]), [0.1, 0.5, 0.9]
-    found = evaluate.redrawing_accuracy(model, pi, *test, shares, seeded(7))
+    found = measure.redrawing_accuracy(model, pi, *test, shares, seeded(7))
     assert list(found) == ["lure", "fisher", "magnitude", "random"]
     assert all(list(accuracies) == shares for accuracies in found.values())
     assert same(state(model), before)
@@ -509,7 +509,7 @@ def test_redrawing_accuracy_is_also_measured_with_statistics_taken_anew():
     model, (images, labels) = network(1).eval(), pictures(60)
     before = state(model)
     pi, test, shares = (images[:30], labels[:30]), (images[30:], labels[30:]), [0.1, 0.9]
-    found = evaluate.redrawing_accuracy(model, pi, *test, shares, seeded(7), sample=images[:20])
+    found = measure.redrawing_accuracy(model, pi, *test, shares, seeded(7), sample=images[:20])
     assert same(state(model), before)
     generator = seeded(7)
     baselines.random_scores(model, generator)  # the first to be drawn
@@ -520,12 +520,12 @@ def test_redrawing_accuracy_is_also_measured_with_statistics_taken_anew():
 def test_weight_noise_is_measured_on_what_was_trained_on_and_pi_is_drawn_from_it(folder, monkeypatch):
     calls = {}
     for name in ("weight_noise_accuracy", "redrawing_accuracy"):
-        real = getattr(evaluate, name)
+        real = getattr(measure, name)
         spy = lambda *args, real=real, name=name, **more: calls.update({name: args}) or real(*args, **more)  # noqa: E731
-        monkeypatch.setattr(evaluate, name, spy)
+        monkeypatch.setattr(measure, name, spy)
     model, data = network_of(folder / "lure-1.pt", small_data()), small_data()
     config = runs.Config(dataset="digits", mega_batches=2, label_noise=0.5)
-    evaluate.clean_metrics(model, data, config, [0])
+    measure.clean_metrics(model, data, config, [0])
     noisy, stream = lure.draw_stream(config, data)
     trained = torch.cat([batch.new for batch in stream])
     assert len(trained) == 108 and not torch.equal(noisy.labels, data.labels)

@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from dataclasses import asdict, fields
 from fractions import Fraction
-from itertools import chain, pairwise
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -46,12 +46,13 @@ def pictures(n=4, side=8, channels=1, classes=3, **more):
 
 # ------------------------------------------------------------ Settings
 NUMBERS = [f for f in fields(lure.Config) if type(f.default) in (int, float)]
+assert {f.name for f in NUMBERS} == lure.LIMITS.keys()
 
 
 @pytest.mark.parametrize("field", NUMBERS, ids=lambda f: f.name)
 def test_a_number_is_refused_outside_its_bounds_alone(field):
     kind = type(field.default)
-    low, high = kind(field.metadata["low"]), kind(field.metadata["high"])
+    low, high = map(kind, lure.LIMITS[field.name])
     for value in (low, field.default, high):
         assert getattr(lure.Config(**{field.name: value}), field.name) == value
     outside = (math.nextafter(low, -1), math.nextafter(high, math.inf), math.nan, math.inf)
@@ -63,7 +64,8 @@ def test_a_number_is_refused_outside_its_bounds_alone(field):
 def test_the_network_is_by_default_the_one_for_the_data():
     found = [lure.Config(dataset).arch for dataset in ("digits", "cifar10", "cifar100")]
     assert found == ["small", "resnet18", "resnet18"]
-    assert lure.Config("digits", arch="vgg16_bn").arch == "vgg16_bn"
+    assert lure.Config("digits", arch="resnet50").arch == "resnet50"
+    assert {"auto", *lure.NETWORKS} - {"vgg16_bn"} == {*lure.ARCHITECTURES}  # which experiments/runs.py adds
 
 
 # ------------------------------------------------------------ Stream
@@ -966,7 +968,7 @@ def test_samples_are_inputs_of_the_network_with_their_labels():
 
 
 # ------------------------------------------------------------ Networks
-@pytest.mark.parametrize("arch", lure.ARCHITECTURES)
+@pytest.mark.parametrize("arch", lure.NETWORKS)
 def test_a_network_normalises_its_input_and_gives_logits(arch):
     mean, std = torch.tensor([0.5, 0.3, 0.1]), torch.tensor([0.2, 0.3, 0.4])
     data = pictures(channels=3, classes=7, mean=mean.tolist(), std=std.tolist())
@@ -1127,57 +1129,6 @@ def test_training_is_on_what_the_augmentation_of_the_data_makes_of_them():
         exactly(seen.pop(), lure.augmented(data.images, order, now.padding, now.flip, generator))
 
 
-# ------------------------------------------------------------ Several processes, as each of them sees it
-# test_processes.py starts real ones.
-
-
-def seen_by(rank, world, n, batch_size, seed):
-    """The samples and the accuracy of an epoch as one of several processes sees it, and its gradients."""
-    gradients = []
-    step = torch.optim.SGD.step
-
-    def noting(optimizer, *args):
-        gradients.append(optimizer.param_groups[0]["params"][0].grad.clone())
-        return step(optimizer, *args)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lure, "RANK", rank)
-        patch.setattr(lure, "WORLD", world)
-        patch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor)  # its part of the mean
-        patch.setattr(torch.optim.SGD, "step", noting)
-        batches, result = epoch(n, batch_size, seed)
-    return numbers(batches), result, gradients
-
-
-@given(st.integers(2, 4), st.integers(8, 40), st.integers(8, 15), seeds)
-def test_the_mean_over_the_processes_is_what_one_computes(world, n, batch_size, seed):
-    parts = [seen_by(rank, world, n, batch_size, seed) for rank in range(world)]
-    for batch in zip(*(samples for samples, _, _ in parts), strict=True):
-        sizes = [len(share) for share in batch]
-        assert min(sizes) >= 2 and max(sizes) - min(sizes) <= 1
-    if n % batch_size == 0 or n % batch_size >= 2 * world or n < batch_size:
-        samples, result, gradients = seen_by(0, 1, n, batch_size, seed)
-        together = [[*chain(*batch)] for batch in zip(*(part[0] for part in parts), strict=True)]
-        assert together == samples
-        torch.testing.assert_close(sum(part[1] for part in parts), result, rtol=1e-5, atol=1e-6)
-        for i, gradient in enumerate(gradients):
-            together = sum(part[2][i] for part in parts) / world
-            torch.testing.assert_close(together, gradient, rtol=1e-4, atol=1e-6)
-
-
-def test_running_statistics_and_sums_become_the_mean_after_the_epoch(monkeypatch):
-    summed = []
-    monkeypatch.setattr(lure, "WORLD", 4)
-    add = lambda tensor: summed.append(tensor.mul_(10).clone())  # noqa: E731
-    monkeypatch.setattr(torch.distributed, "all_reduce", add)
-    model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Linear(64, 3))
-    optimizer, config = torch.optim.SGD(model.parameters(), 0.1), lure.Config(precision="float32")
-    result = lure.train_epoch_(model, optimizer, pictures(8), torch.arange(8), config, seeded(0))
-    sums, mean, variance = summed
-    exactly([model[1].running_mean, model[1].running_var], [mean / 4, variance / 4])
-    exactly(result, sums / 4 / 8)
-
-
 PROCESSORS = [  # what torch tells of one, and whether bfloat16 is faster there
     ({}, False),
     ({"avx512_bf16": False, "cpu_name": "AMD EPYC"}, False),
@@ -1216,9 +1167,9 @@ def redraw_all(model, between):
     model.load_state_dict(between.fresh().state_dict())
 
 
-def states(config, *rest):
+def states(config, *rest, **more):
     """What a run yields, each as it was when it was yielded."""
-    return [copy.deepcopy(now) for now in lure.run(config, small_data(), *rest)]
+    return [copy.deepcopy(now) for now in lure.run(config, small_data(), *rest, **more)]
 
 
 def rows(config, *rest):
@@ -1489,11 +1440,11 @@ def test_the_rate_decays_after_40_and_80_percent_of_the_epochs(epochs, decays):
     assert [e.rate for e in seen] == pytest.approx([0.2 * 0.3**d for d in decays] * 2)
 
 
-def test_a_compiled_network_learns_the_same_in_the_same_weights(monkeypatch):
-    compiled, real = [], torch.compile
-    eager = lambda model, mode: compiled.append(model) or real(model, backend="eager")  # noqa: E731
-    monkeypatch.setattr(torch, "compile", eager)
-    plain, found = (states(small_config(compile=c, select="best-val", seed=5))[-1] for c in (False, True))
+def test_a_compiled_network_learns_the_same_in_the_same_weights():
+    compiled = []
+    wrap = lambda model: compiled.append(model) or torch.compile(model, backend="eager")  # noqa: E731
+    config = small_config(select="best-val", seed=5)
+    plain, found = states(config)[-1], states(config, wrap=wrap)[-1]
     assert len(compiled) == 2 and same(plain["model"], found["model"])
     assert timeless(plain["mega_batches"]) == timeless(found["mega_batches"])
 

@@ -11,8 +11,13 @@ from pathlib import Path
 import pytest
 import ranks
 import torch
-from conftest import ROOT, same
+from conftest import ROOT, same, seeded, seeds
+from hypothesis import given
+from hypothesis import strategies as st
 from test_runs import result
+from torch import nn
+
+from experiments import ranks as processes
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
@@ -75,6 +80,58 @@ def test_without_batch_norm_the_accuracies_and_masks_are_those_of_one_process(tw
                 assert mine[split]["loss"] == pytest.approx(other[split]["loss"], abs=1e-6)
             assert mine["running_train_accuracy"] == pytest.approx(other["running_train_accuracy"])
         assert all(same(a, b) for a, b in zip(found["masks"], expected["masks"], strict=True))
+
+
+def test_batches_that_do_not_divide_move_the_weights_as_in_one_process(two, one):
+    for rank in two:
+        for name, expected in one["batches"]["weights"].items():
+            torch.testing.assert_close(rank["batches"]["weights"][name], expected, rtol=0, atol=1e-14)
+
+
+def test_running_statistics_become_the_mean_over_the_processes(two, one):
+    expected = one["batches"]["statistics"]
+    for rank in two:
+        found = rank["batches"]["statistics"]  # after one batch of two equal parts, whose means have its mean
+        torch.testing.assert_close(found["1.running_mean"], expected["1.running_mean"], rtol=0, atol=1e-14)
+        torch.testing.assert_close(found["1.running_var"], expected["1.running_var"], rtol=0.1, atol=0)
+        assert found["1.num_batches_tracked"] == 1
+
+
+class Alone(nn.Module):
+    """In place of DistributedDataParallel."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.module = model
+
+    def forward(self, images):
+        self.seen = images
+        return self.module(images)
+
+
+@given(st.integers(2, 4), st.integers(8, 40), seeds)
+def test_each_process_computes_a_part_and_their_mean_gradient_is_that_of_the_batch(world, n, seed):
+    model = Alone(nn.Linear(5, 3, dtype=torch.float64))
+    images = torch.rand(n, 5, generator=seeded(seed), dtype=torch.float64)
+    labels = torch.randint(3, (n,), generator=seeded(seed))
+    whole = model(images)
+    (expected,) = torch.autograd.grad(nn.functional.cross_entropy(whole, labels), model.module.weight)
+    parts, gradients = [], []
+    for rank in range(world):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(processes, "RANK", rank)
+            patch.setattr(processes, "WORLD", world)
+            patch.setattr(nn.parallel, "DistributedDataParallel", lambda model: model)
+            patch.setattr(processes.dist, "all_reduce", lambda logits: logits.copy_(whole.detach()))
+            logits = processes.Parallel(model)(images)
+            loss = nn.functional.cross_entropy(logits, labels)
+            gradients += torch.autograd.grad(loss, model.module.weight)
+        torch.testing.assert_close(logits, whole)
+        parts.append(model.seen)
+    assert torch.equal(torch.cat(parts), images)
+    sizes = [len(part) for part in parts]
+    assert min(sizes) >= 2 and max(sizes) - min(sizes) <= 1
+    torch.testing.assert_close(sum(gradients) / world, expected)
 
 
 TINY = [word for key, value in ranks.TINY.items() for word in (f"--{key.replace('_', '-')}", str(value))]

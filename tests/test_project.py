@@ -6,6 +6,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import textwrap
 from dataclasses import fields
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from conftest import ROOT, seeded
 
 import baselines
 import lure
-from experiments import bench, bench_tables, report, tables
+from experiments import bench, bench_tables, report, runs, tables
 from experiments.data import DATASETS
 
 
@@ -37,6 +38,37 @@ def test_lure_runs_alone(tmp_path):
     assert done.returncode == 0 and "test_accuracy" in json.loads(done.stdout.splitlines()[-1]), done.stderr
 
 
+USES = {
+    "baselines.py": """
+        import torch, lure, baselines
+        pi = torch.rand(8, 4), torch.arange(8) % 3
+        model = torch.nn.Linear(4, 3)
+        between = lure.Between(pi, lambda: torch.nn.Linear(4, 3), torch.Generator(), None, None)
+        for name in ("sp", "fire", "random", "fisher", "released"):
+            baselines.METHODS[name](model, between)
+        """,
+    "evaluate.py": """
+        import torch, evaluate
+        images, labels = torch.rand(8, 3, 4, 4), torch.arange(8) % 3
+        model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 3))
+        evaluate.accuracy(model, evaluate.pgd_attack(model, images, labels, 0.1), labels)
+        evaluate.weight_noise_accuracy(model, images, labels, [0.1])
+        evaluate.reliability_bins(evaluate.predict(model, images).softmax(1), labels)
+        """,
+}
+
+
+@pytest.mark.parametrize("name", USES)
+def test_methods_and_metrics_need_lure_alone(name, tmp_path):
+    for file in (name, "lure.py"):
+        shutil.copy(ROOT / file, tmp_path)
+    script = textwrap.dedent(USES[name])
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    imported = set(re.findall(r"^(?:from|import) (\w+)", (ROOT / name).read_text(), re.M))
+    assert imported - sys.stdlib_module_names <= {"torch", "numpy", "lure"}
+
+
 def requirements(text):
     return {line.strip() for line in text.splitlines() if re.match(r"\s*[a-z]", line)}
 
@@ -52,7 +84,7 @@ def test_the_script_block_is_what_the_requirements_say():
 
 def test_the_papers_claims_are_about_runs_that_there_are():
     paper = json.loads((ROOT / "results" / "paper.json").read_text())
-    options = {f.name for f in fields(baselines.Config)}
+    options = {f.name for f in fields(runs.Config)}
     for claim in paper["claims"]:
         assert claim["table"] in report.SUBJECTS and isinstance(claim["higher"], bool)
         for side in (claim["better"], claim["than"]):
@@ -166,6 +198,6 @@ def test_what_the_readme_names_is_there():
     targets = re.findall(r"^([a-z0-9-]+):.*  ## ", (ROOT / "Makefile").read_text(), re.M)
     targets += [f"reproduce-{name}" for name in tables.PAPERS]
     assert set(re.findall(r"`make ([a-z][a-z0-9-]*)", README)) <= set(targets)
-    options = {"--" + f.name.replace("_", "-") for f in fields(baselines.Config)}
+    options = {"--" + f.name.replace("_", "-") for f in fields(runs.Config)}
     options |= {"--corruptions", "--attack", "--epsilons", "--sigmas", "--help"}
     assert set(re.findall(r"`(--[a-z-]+)", README)) <= options

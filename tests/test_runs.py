@@ -38,8 +38,8 @@ SMALL_CONFIG = dict(dataset="digits", image_size=8, limit=120, limit_test=60, me
 
 
 def recorded(forget=None, **changes):
-    config = baselines.Config(**SMALL_CONFIG | changes)
-    return runs.recorded(config, forget or baselines.method(config))
+    config = runs.Config(**SMALL_CONFIG | changes)
+    return runs.recorded(config, forget or runs.method(config))
 
 
 def strict(text):
@@ -60,9 +60,9 @@ def refused(capsys, status, *words, argv=()):
 # ------------------------------------------------------------ The record
 @pytest.mark.numerics
 def test_the_two_command_lines_measure_the_same_at_one_seed():
-    config = baselines.Config("digits", mega_batches=2, epochs=1, method="lure", seed=3)
+    config = runs.Config("digits", mega_batches=2, epochs=1, method="lure", seed=3)
     *_, plain = lure.run(config, lure.load_dataset("digits"))
-    rows = runs.recorded(config, baselines.method(config))["mega_batches"]
+    rows = runs.recorded(config, runs.method(config))["mega_batches"]
     for mine, theirs in zip(timeless(plain["mega_batches"]), timeless(rows), strict=True):
         assert mine.items() <= theirs.items()
 
@@ -75,8 +75,8 @@ def test_the_record_says_what_was_measured_and_where_it_comes_from(tmp_path, cap
     assert strict(capsys.readouterr().out) == record["totals"] == lure.totals(record["mega_batches"])
     assert [p.name for p in [*out.parent.iterdir(), *weights.parent.iterdir()]] == ["x.json", "x.pt"]
     python, script, *given = shlex.split(record["command"])
-    runs.lure.add_settings(parser := Parser(), baselines.Config)
-    config = asdict(baselines.Config(**vars(parser.parse_args(given))))
+    runs.lure.add_settings(parser := Parser(), runs.Config)
+    config = asdict(runs.Config(**vars(parser.parse_args(given))))
     assert (python, script, given[0]) == ("python", "baselines.py", "--dataset")
     assert config == record["config"] and config["set"] == ["noise=0.1"] and config["arch"] == "small"
     assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?", record["git_commit"] or 40 * "0")
@@ -141,7 +141,7 @@ def test_around_forgetting_the_accuracy_is_also_measured_with_statistics_taken_a
         baselines.shrink_and_perturb_(model, between)
         networks.append(copy.deepcopy(model))
 
-    config = baselines.Config(**SMALL_CONFIG | dict(mega_batches=3, out=str(tmp_path / "x.json")))
+    config = runs.Config(**SMALL_CONFIG | dict(mega_batches=3, out=str(tmp_path / "x.json")))
     _, stream = lure.draw_stream(config, data)
     reestimated, sampled = runs.reestimated, []
     monkeypatch.setattr(
@@ -312,7 +312,7 @@ def test_every_option_is_on_the_command_line_with_its_help(capsys):
         baselines.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert exit.value.code == 0
-    for f in fields(baselines.Config):
+    for f in fields(runs.Config):
         assert f"--{f.name.replace('_', '-')} " in text and " ".join(f.metadata["help"].split()) in text
 
 
@@ -591,7 +591,7 @@ def test_a_state_of_code_that_was_not_committed_is_refused(tmp_path):
 
 def test_the_code_of_a_run_is_all_that_it_imports_of_the_project():
     script = (
-        "import sys, baselines; from pathlib import Path\n"
+        "import sys, experiments.runs; from pathlib import Path\n"
         "files = [m.__file__ for m in sys.modules.values() if getattr(m, '__file__', None)]\n"
         f"print(*(Path(f).relative_to({str(ROOT)!r}) for f in files if Path(f).parent in "
         f"(Path({str(ROOT)!r}), Path({str(ROOT)!r}) / 'experiments')))"
@@ -612,6 +612,15 @@ def test_a_cluster_that_sets_the_number_of_processes_for_a_plain_call_is_told(tm
         assert done.returncode == 2 and done.stderr.count("\n") == 1
         assert "WORLD_SIZE is 2 without " in done.stderr and "start it by torchrun" in done.stderr
     assert plain_call(tmp_path, WORLD_SIZE="", RANK="").returncode == 0
+
+
+def test_with_compile_the_network_is_trained_through_torch_compile(monkeypatch):
+    compiled, real = [], torch.compile
+    eager = lambda model, mode: compiled.append(mode) or real(model, backend="eager")  # noqa: E731
+    monkeypatch.setattr(torch, "compile", eager)
+    found, plain = recorded(compile=True), recorded()
+    assert compiled == ["reduce-overhead"] * 2
+    assert timeless(found["mega_batches"]) == timeless(plain["mega_batches"])
 
 
 def test_compiling_without_a_compiler_is_one_line(tmp_path, capsys, monkeypatch):
@@ -659,7 +668,7 @@ def options(values_of):
         flag = "--" + field.name.replace("_", "-")
         return [words for v in values_of(field) for words in ([flag, v], [f"{flag}={v}"])] or [[flag]]
 
-    quick = [field for field in fields(baselines.Config) if field.name != "compile"]
+    quick = [field for field in fields(runs.Config) if field.name != "compile"]
     return st.sampled_from(quick).flatmap(lambda field: st.sampled_from(written(field)))
 
 
@@ -671,7 +680,8 @@ def good(field):
 
 def bad(field):
     """Values at the bounds, out of them, and nonsense."""
-    low, *large = (f"{field.metadata['low']:.15g}", f"{field.metadata['high']:.15g}", str(10**9), str(10**12))
+    limits = (lure.LIMITS | runs.LIMITS).get(field.name, (0, 1e18))
+    low, *large = (*(f"{limit:.15g}" for limit in limits), str(10**9), str(10**12))
     takes_its_time = field.name in ("epochs", "image_size")
     return WORST.get(field.name) or [low, *([] if takes_its_time else large), *BAD]
 

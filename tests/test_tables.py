@@ -18,7 +18,7 @@ from PIL import Image
 
 import baselines
 import lure
-from experiments import prepare, tables
+from experiments import prepare, runs, tables
 from experiments.command import Parser
 from experiments.make import command, rules
 
@@ -210,15 +210,15 @@ def test_make_measures_checkpoints_and_makes_them_again_where_they_are_gone(chec
 
 def test_every_planned_run_is_a_call_that_baselines_takes():
     parser = Parser(allow_abbrev=False)
-    lure.add_settings(parser, baselines.Config)
+    lure.add_settings(parser, runs.Config)
     methods = set()
     for scale, there in tables.SCALES.items():
         asked = tables.arguments(["all", "--scale", scale])
         for run in {run for name in there for run in tables.planned(name, asked)}:
             methods.add(run.row.split()[0])
             given = parser.parse_args(shlex.split(command(run, asked)))
-            config = baselines.Config(**vars(given))
-            baselines.method(config)
+            config = runs.Config(**vars(given))
+            runs.method(config)
             assert (config.method, str(config.seed)) == (run.row.split()[0], run.seed)
     assert methods | {"ke"} == set(baselines.METHODS)
 
