@@ -140,13 +140,16 @@ def top_k_mask(scores: dict[str, Tensor], keep: float) -> dict[str, Tensor]:
     """
     if not 0 < keep <= 1 or any(s.isnan().any() for s in scores.values()):
         raise ValueError(f"expected keep in (0, 1] and scores without NaN; keep is {keep}")
-    sizes = [s.numel() for s in scores.values()]
-    k = max(1, round(keep * sum(sizes)))
     flat = torch.cat([s.flatten() for s in scores.values()])
-    mask = torch.zeros_like(flat, dtype=torch.bool)
-    mask[flat.sort(descending=True, stable=True).indices[:k]] = True
-    parts = zip(scores.items(), mask.split(sizes), strict=True)
-    return {name: part.view_as(s) for (name, s), part in parts}
+    k = max(1, round(keep * len(flat)))
+    best_first = flat.sort(descending=True, stable=True).indices
+    kept = torch.zeros_like(flat, dtype=torch.bool)
+    kept[best_first[:k]] = True
+    parts = kept.split([s.numel() for s in scores.values()])
+    mask = {}
+    for (name, s), part in zip(scores.items(), parts, strict=True):
+        mask[name] = part.view_as(s)
+    return mask
 
 
 def reinitialize_(model: nn.Module, mask: dict[str, Tensor], generator=None) -> None:
@@ -226,6 +229,9 @@ class MegaBatch(NamedTuple):
     val: Tensor  # of what to validate on now
     new: Tensor  # of its own training part
 
+    def to(self, device) -> "MegaBatch":
+        return MegaBatch(*(index.to(device) for index in self))
+
 
 def mega_batches(
     num_samples: int, num_mega_batches: int, replay="full", buffer_size=187, val_fraction=0.1, generator=None
@@ -294,7 +300,12 @@ class Dataset(NamedTuple):
     flip: bool = True
 
     def to(self, device) -> "Dataset":
-        return self._replace(**{k: v.to(device) for k, v in self._asdict().items() if hasattr(v, "to")})
+        return self._replace(
+            images=self.images.to(device),
+            labels=self.labels.to(device),
+            test_images=self.test_images.to(device),
+            test_labels=self.test_labels.to(device),
+        )
 
     def samples(self, index: Tensor) -> tuple[Tensor, Tensor]:
         return to_input(self.images[index]), self.labels[index]
@@ -302,25 +313,36 @@ class Dataset(NamedTuple):
 
 def load_dataset(name: str, folder="data") -> Dataset:
     """CIFAR-10 or -100, from the folder or downloaded to it (OSError), or scikit-learn's digits at 16×16."""
-    if name == "digits":
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
+    return load_digits() if name == "digits" else load_cifar(name, folder)
 
-        pixels, labels = (torch.from_numpy(x) for x in load_digits(return_X_y=True))
-        pixels = (pixels * 255 / 16).round().to(torch.uint8).view(-1, 1, 8, 8)  # too few for `small`
-        images = torchvision.transforms.functional.resize(pixels, [16, 16]).view(-1, 16, 16, 1)
-        train, test = train_test_split(range(len(labels)), test_size=0.2, stratify=labels, random_state=0)
-        data = Dataset(images[train], labels[train], images[test], labels[test], list("0123456789"))
-        return data._replace(mean=(0.3053,), std=(0.3762,), padding=1, flip=False)  # a mirrored 2 is no 2
+
+def load_digits() -> Dataset:
+    from sklearn import datasets, model_selection
+
+    values, digits = datasets.load_digits(return_X_y=True)  # values from 0 to 16
+    pixels = torch.from_numpy(values * 255 / 16).round().to(torch.uint8).view(-1, 1, 8, 8)
+    images = torchvision.transforms.functional.resize(pixels, [16, 16])  # 8×8 are too few for `small`
+    images = images.view(-1, 16, 16, 1)
+    labels = torch.from_numpy(digits)
+    split = dict(test_size=0.2, stratify=labels, random_state=0)
+    train, test = model_selection.train_test_split(range(len(labels)), **split)
+    data = Dataset(images[train], labels[train], images[test], labels[test], list("0123456789"))
+    return data._replace(mean=(0.3053,), std=(0.3762,), padding=1, flip=False)  # a mirrored 2 is no 2
+
+
+def load_cifar(name: str, folder: str) -> Dataset:
     source = getattr(torchvision.datasets, name.upper())
     try:
-        train, test = (source(folder, split, download=True) for split in (True, False))
+        train = source(folder, train=True, download=True)
+        test = source(folder, train=False, download=True)
     except (OSError, RuntimeError) as error:
         raise OSError(f"{folder}: expected {source.filename}, cannot download it ({error})") from error
-    images, test_images = (torch.from_numpy(split.data) for split in (train, test))
-    labels, test_labels = (torch.tensor(split.targets) for split in (train, test))
-    own: dict = {} if name == "cifar10" else dict(mean=(0.5071, 0.4866, 0.4409), std=(0.2673, 0.2564, 0.2762))
-    return Dataset(images, labels, test_images, test_labels, train.classes, **own)
+    images, test_images = torch.from_numpy(train.data), torch.from_numpy(test.data)
+    labels, test_labels = torch.tensor(train.targets), torch.tensor(test.targets)
+    data = Dataset(images, labels, test_images, test_labels, train.classes)
+    if name == "cifar100":
+        data = data._replace(mean=(0.5071, 0.4866, 0.4409), std=(0.2673, 0.2564, 0.2762))
+    return data
 
 
 # ------------------------------------------------------------ Networks
@@ -500,19 +522,28 @@ def lure_(model, between: Between, keep=0.8) -> dict[str, Tensor]:
         raise FloatingPointError(f"the network cannot be unlearned: {error}") from error
 
 
+STREAM, START, FORGETTING, ORDER = range(4)  # each is drawn independently of the others
+
+
+def generator_of(seed: int, purpose: int, device="cpu") -> torch.Generator:
+    return torch.Generator(device).manual_seed(4 * seed + purpose)
+
+
 def draw_stream(config: Config, data: Dataset) -> tuple[Dataset, list[MegaBatch]]:
     """The data, with their noisy labels, and the stream of a run, by its seed, on the device of the data."""
     c = config
     device = data.labels.device
-    generator = torch.Generator().manual_seed(4 * c.seed)
-    # Noise: with its probability, a label is drawn anew from all classes, its own among them.
-    labels = data.labels.cpu()
-    redrawn = torch.randint(len(data.classes), labels.shape, generator=generator)
-    noisy = torch.rand(labels.shape, generator=generator) < c.label_noise
-    labels = torch.where(noisy, redrawn, labels)
+    generator = generator_of(c.seed, STREAM)
+    labels = with_noise(data.labels.cpu(), len(data.classes), c.label_noise, generator)
     stream = mega_batches(len(labels), c.mega_batches, c.replay, c.buffer_size, c.val_fraction, generator)
-    stream = [MegaBatch(*(index.to(device) for index in batch)) for batch in stream]
-    return data._replace(labels=labels.to(device)), stream
+    return data._replace(labels=labels.to(device)), [batch.to(device) for batch in stream]
+
+
+def with_noise(labels: Tensor, classes: int, probability: float, generator) -> Tensor:
+    """The labels, each with the probability drawn anew from all classes, its own among them (section 6.3)."""
+    redrawn = torch.randint(classes, labels.shape, generator=generator)
+    noisy = torch.rand(labels.shape, generator=generator) < probability
+    return torch.where(noisy, redrawn, labels)
 
 
 def draw_pi(config, data: Dataset, learned: MegaBatch, following: MegaBatch, generator):
@@ -553,14 +584,15 @@ def run(config: Config, data: Dataset, forget=None, stream=None, state=None, wra
     forget = forget or partial(lure_, keep=config.keep)
     if stream is None:
         data, stream = draw_stream(config, data)
-    # The start, what is forgotten and the order are drawn independently of each other.
-    devices = ["cpu", "cpu", str(data.images.device)]
-    rngs = [torch.Generator(d).manual_seed(4 * config.seed + i) for i, d in enumerate(devices, start=1)]
-    start_rng, forget_rng, order_rng = rngs
+    start_rng = generator_of(config.seed, START)
+    forget_rng = generator_of(config.seed, FORGETTING)
+    order_rng = generator_of(config.seed, ORDER, data.images.device)
+    rngs = [start_rng, forget_rng, order_rng]
     model = build_model(config.arch, data, start_rng)
     fresh = partial(build_model, config.arch, data, forget_rng)
+    decay = config.weight_decay
     optimizer = torch.optim.SGD(
-        model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay, fused=True
+        model.parameters(), config.lr, config.momentum, weight_decay=decay, fused=True
     )
     rows: list[dict] = []
     if state:
@@ -642,11 +674,15 @@ def pick_device(name: str) -> torch.device:
 
 
 def add_settings(parser: argparse.ArgumentParser, settings: type[Config]) -> None:
-    kinds: dict[type, dict] = {bool: dict(action="store_true"), tuple: dict(nargs="*")}
     for f in fields(settings):
-        kind = kinds.get(type(f.default)) or dict(type=type(f.default), choices=f.metadata["choices"])
+        kind: dict = dict(type=type(f.default), choices=f.metadata["choices"])
+        if type(f.default) is bool:
+            kind = dict(action="store_true")
+        elif type(f.default) is tuple:
+            kind = dict(nargs="*")
+        name = f.name.replace("_", "-")
         text = f"{f.metadata['help']}; default: {f.default}"
-        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=text, **kind)
+        parser.add_argument(f"--{name}", default=f.default, help=text, **kind)
 
 
 @contextmanager

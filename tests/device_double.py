@@ -140,7 +140,7 @@ def place_of_main_thread() -> str:
 # ------------------------------------------------------------ The runs
 MISTAKES = {  # function, what it says, what it would say, what is noticed then
     "order": (lure.batches, "device=train.device, generator=generator)]", ")]", "index.Tensor: a tensor"),
-    "its generator": (lure.run, "str(data.images.device)]", '"cpu"]', "randperm.generator: a generator"),
+    "its generator": (lure.run, "ORDER, data.images.device)", "ORDER)", "randperm.generator: a generator"),
     "labels": (lure.draw_stream, "labels=labels.to(device)", "labels=labels", "index.Tensor: a tensor"),
     "new weights": (lure.reinitialize_, ".to(p.device)", "", "index_put_.default: a tensor"),
 }
