@@ -26,10 +26,11 @@ def warm_start(model, between) -> None:
 
 def scratch_(model, between) -> None:
     """A new network, parameters and running statistics, for every mega-batch; what is frozen stays."""
-    new = like(model, between.fresh())
-    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
-    kept = {name: t for name, t in model.state_dict().items() if name in frozen}
-    model.load_state_dict(new.state_dict() | kept)
+    state = like(model, between.fresh()).state_dict()
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            state[name] = p
+    model.load_state_dict(state)
 
 
 # ------------------------------------------------------------ Every weight a little
@@ -51,19 +52,29 @@ def dash_(model, between, alpha=0.3, floor=0.3) -> None:
     w of a weight is scaled by clamp(cos(G_w, w), floor, 1): the kernel between an input and an output channel
     of a convolution, a row of a linear layer, the bias of either. The defaults are the method's.
     """
-    parameters = [p for layer in layers_of(model).values() for p in (layer.weight, layer.bias)]
-    parameters = [p for p in dict.fromkeys(parameters) if p is not None and p.requires_grad]
-    momentum = [torch.zeros_like(p) for p in parameters]
+    parameters = []
+    for layer in layers_of(model).values():
+        parameters += [p for p in (layer.weight, layer.bias) if p is not None and p.requires_grad]
+    parameters = [*dict.fromkeys(parameters)]  # a shared one once
+    downhill = [torch.zeros_like(p) for p in parameters]
     for images, labels in upcoming(between):
-        for g, gradient in zip(momentum, loss_gradient(model, parameters, images, labels), strict=True):
+        gradients = loss_gradient(model, parameters, images, labels)
+        for g, gradient in zip(downhill, gradients, strict=True):
             g.mul_(1 - alpha).sub_(gradient, alpha=alpha)
     with torch.no_grad():
-        for p, g in zip(parameters, momentum, strict=True):
-            groups = p.shape[:2] if p.ndim > 2 else p.shape[:1] if p.ndim == 2 else (1,)
-            g, w = g.reshape(*groups, -1), p.reshape(*groups, -1)
+        for p, g in zip(parameters, downhill, strict=True):
+            w = in_groups(p)
             tiny = torch.finfo(w.dtype).tiny  # the default of 1e-8 is more than some gradients
-            cosine = F.cosine_similarity(g, w, dim=-1, eps=tiny)
-            p.mul_(cosine.clamp(floor, 1).view(*groups, *[1] * (p.ndim - len(groups))))
+            cosine = F.cosine_similarity(in_groups(g), w, dim=-1, eps=tiny)
+            scale = cosine.clamp(floor, 1).unsqueeze(-1)
+            p.copy_((w * scale).reshape_as(p))
+
+
+def in_groups(p: Tensor) -> Tensor:
+    """(groups …, values): kernels of a convolution, rows of a matrix, a bias as a whole."""
+    if p.ndim > 2:
+        return p.flatten(start_dim=2)
+    return p if p.ndim == 2 else p.unsqueeze(0)
 
 
 def upcoming(between):
@@ -85,12 +96,14 @@ def fire_(model, between, steps=10) -> None:
     weights = [layer.weight for layer in layers_of(model).values() if layer.weight.requires_grad]
     with torch.no_grad():
         for weight in weights:
-            w = weight.reshape(*weight.shape[:2], -1).permute(2, 0, 1)  # (k · k, out, in)
-            x = w / w.norm(dim=(1, 2), keepdim=True).clamp(min=torch.finfo(w.dtype).tiny)
+            outputs, inputs = weight.shape[:2]
+            w = weight.reshape(outputs, inputs, -1).permute(2, 0, 1)  # (k · k, out, in)
+            norm = w.norm(dim=(1, 2), keepdim=True)
+            x = w / norm.clamp(min=torch.finfo(w.dtype).tiny)
             for _ in range(steps):
-                gram = x @ x.mT if x.shape[1] <= x.shape[2] else x.mT @ x  # the smaller of the two
-                x = 1.5 * x - 0.5 * (gram @ x if x.shape[1] <= x.shape[2] else x @ gram)
-            scale = (w.shape[1] / w.shape[2]) ** 0.5 / len(w)
+                cubed = x @ x.mT @ x if outputs <= inputs else x @ (x.mT @ x)  # by the smaller square
+                x = 1.5 * x - 0.5 * cubed
+            scale = (outputs / inputs) ** 0.5 / len(w)
             weight.copy_((scale * x).permute(1, 2, 0).reshape(weight.shape))
 
 
@@ -115,10 +128,10 @@ def later_layer_forgetting_(model, between) -> None:
 
 def reset_classifier_(model, between) -> None:
     """Redraw the classifier alone (RIFLE, Li et al. 2020), as a fresh network's: the last linear layer."""
-    linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     if not linear:
         raise ValueError(f"rifle: expected a linear layer in {type(model).__name__}, found none")
-    redraw_layers_(model, between.fresh(), [linear[-1]])
+    redraw_layers_(model, between.fresh(), linear[-1:])
 
 
 def redraw_layers_(model, new, layers: list[str]) -> None:
@@ -139,12 +152,15 @@ def knowledge_evolution_(model, between, split=0.8) -> dict[str, Tensor]:
     deviation is smaller, up to 2.4 times. Returns the mask, True where a weight was kept.
     """
     layers = layers_of(model)
+    names = [*layers]
     new = dict(like(model, between.fresh()).named_parameters())
     mask = {}
-    for i, (name, layer) in enumerate(layers.items()):
-        outputs, inputs = (math.ceil(split * size) for size in layer.weight.shape[:2])
+    for name, layer in layers.items():
+        outputs, inputs = layer.weight.shape[:2]
+        kept_outputs = outputs if name == names[-1] else math.ceil(split * outputs)
+        kept_inputs = inputs if name == names[0] else math.ceil(split * inputs)
         kept = torch.zeros_like(layer.weight, dtype=torch.bool)
-        kept[: outputs if i + 1 < len(layers) else None, : inputs if i > 0 else None] = True
+        kept[:kept_outputs, :kept_inputs] = True
         mask[f"{name}.weight"] = kept | (not layer.weight.requires_grad)
     with torch.no_grad():
         for name, kept in mask.items():
@@ -180,10 +196,11 @@ def layers_of(model: nn.Module) -> dict[str, Any]:
 
 def like(model: nn.Module, new: nn.Module) -> nn.Module:
     """The new network. ValueError if its parameters are not named and shaped as the model's."""
-    mine, its = ({name: p.shape for name, p in m.named_parameters()} for m in (model, new))
-    if mine != its:
-        name = next(iter(dict(mine.items() ^ its.items())))
-        raise ValueError(f"{name}: fresh() has other parameters; of a compiled network pass the original")
+    own = {name: p.shape for name, p in model.named_parameters()}
+    its = {name: p.shape for name, p in new.named_parameters()}
+    for name in own | its:
+        if own.get(name) != its.get(name):
+            raise ValueError(f"{name}: fresh() has other parameters; of a compiled network pass the original")
     return new
 
 
@@ -219,10 +236,11 @@ def released_(model, between, keep=0.8) -> dict[str, Tensor]:
     Returns the mask of what is named `weight`.
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    gradients = loss_gradient(model, [*parameters.values()], *between.pi)
-    scores = {
-        name: (p.detach() * g).abs() for (name, p), g in zip(parameters.items(), gradients, strict=True)
-    }
+    images, labels = between.pi
+    gradients = loss_gradient(model, [*parameters.values()], images, labels)
+    scores = {}
+    for (name, p), gradient in zip(parameters.items(), gradients, strict=True):
+        scores[name] = (p.detach() * gradient).abs()
     ranked = torch.cat([s.flatten() for s in scores.values()]).sort().values
     redrawn = len(ranked) - max(1, round(keep * len(ranked)))
     threshold = ranked[redrawn - 1] if redrawn else -1
@@ -239,8 +257,9 @@ def fisher_information(model, images, labels, chunk=1) -> dict[str, Tensor]:
     weights = lure.connections(model)
     scores = {name: torch.zeros_like(p) for name, p in weights.items()}
     for x, y in zip(images.split(chunk), labels.split(chunk), strict=True):
-        for s, g in zip(scores.values(), loss_gradient(model, [*weights.values()], x, y), strict=True):
-            s.add_(g.square(), alpha=len(y) / len(labels))
+        gradients = loss_gradient(model, [*weights.values()], x, y)
+        for score, gradient in zip(scores.values(), gradients, strict=True):
+            score.add_(gradient.square(), alpha=len(y) / len(labels))
     return scores
 
 
@@ -249,8 +268,11 @@ def magnitudes(model) -> dict[str, Tensor]:
 
 
 def random_scores(model, generator) -> dict[str, Tensor]:
-    draw = lambda p: torch.rand(p.shape, generator=generator, device=generator.device).to(p.device)  # noqa: E731
-    return {name: draw(p) for name, p in lure.connections(model).items()}
+    scores = {}
+    for name, p in lure.connections(model).items():
+        drawn = torch.rand(p.shape, generator=generator, device=generator.device)
+        scores[name] = drawn.to(p.device)
+    return scores
 
 
 def keep_top_(model, scores, keep, generator) -> dict[str, Tensor]:
