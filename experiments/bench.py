@@ -8,6 +8,8 @@ other processes took more than a tenth of the processor is measured again, as of
 stays disturbed is marked.
 
     python -m experiments.bench --out results/bench
+
+Leaves: DEVICE.json and DEVICE.md.
 """
 
 import argparse

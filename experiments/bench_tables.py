@@ -1,4 +1,7 @@
-"""What `experiments.bench` measured, as tables."""
+"""What the benchmark measured, as tables.
+
+Enters: the record that experiments/bench.py writes. Leaves: Markdown.
+"""
 
 DISTURBED = 0.1  # share of the processor's time that others may take during a round
 

@@ -1,4 +1,7 @@
-"""Data sets beyond those of lure.py, image folders and restricted ImageNet, and parts of any of them."""
+"""Data sets beyond those of lure.py, image folders and restricted ImageNet, and parts of any of them.
+
+Enters: the name and the folder of a data set. Leaves: a `lure.Dataset`, and decoded images in a cache.
+"""
 
 import hashlib
 import json

@@ -1,4 +1,7 @@
-"""Files that are whole or not there, and where a number in them comes from."""
+"""Files that are whole or not there, and where a number in them comes from.
+
+Enters: what to write, and where. Leaves: the file, under its name only when all of it is written.
+"""
 
 import contextlib
 import fcntl

@@ -2,7 +2,8 @@
 
     python -m experiments.make table3 --scale narrow --data photos/cifar10-jpeg | make -f - -j2 all
 
-Only the standard library is needed, so that `make -n` lists the runs where nothing is installed.
+Enters: the words of a call, and which files are there. Leaves: a makefile, on stdout. It needs the standard
+library alone, so that `make -n` lists the runs where nothing is installed.
 """
 
 import argparse

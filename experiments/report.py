@@ -2,6 +2,8 @@
 
 python -m experiments.report table3 --scale small --data photos/cifar10-jpeg    # what make ends with
 python -m experiments.report overview                                           # results/README.md
+
+Enters: the records of a table's runs, results/paper.json. Leaves: <table>.md and its pictures.
 """
 
 import json

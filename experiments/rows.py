@@ -1,4 +1,7 @@
-"""Records of runs, read and put together to the rows of a table."""
+"""Records of runs, read and put together to the rows of a table.
+
+Enters: the paths of records. Leaves: rows, each of runs that differ by their seed alone.
+"""
 
 import inspect
 import json

@@ -3,6 +3,8 @@
 A table is a list of parts, and a part a list of rows, "METHOD OPTION=VALUE ...": a method of baselines.py
 and what differs from the options of the scale. A run is a file, OUT/DATASET/ROW-SEED.json; tables with the
 same row share it.
+
+Enters: the words of a call. Leaves: the runs that it asks for.
 """
 
 import argparse

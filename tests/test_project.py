@@ -15,6 +15,7 @@ import torch
 from conftest import ROOT, seeded
 
 import baselines
+import experiments
 import lure
 from experiments import bench, bench_tables, report, runs, tables
 from experiments.data import DATASETS
@@ -67,6 +68,19 @@ def test_methods_and_metrics_need_lure_alone(name, tmp_path):
     assert done.returncode == 0, done.stderr
     imported = set(re.findall(r"^(?:from|import) (\w+)", (ROOT / name).read_text(), re.M))
     assert imported - sys.stdlib_module_names <= {"torch", "numpy", "lure"}
+
+
+def test_a_room_uses_only_what_is_below_its_floor():
+    floors = re.findall(r"(?m)^    (.*)$", experiments.__doc__)
+    rooms = [floor[:44].split() for floor in floors]  # what it says of them stands further right
+    height = {room: -i for i, names in enumerate(rooms) for room in names}
+    files = {path.stem: path for path in (ROOT / "experiments").glob("[!_]*.py")}
+    files |= {name: ROOT / f"{name}.py" for name in ("lure", "baselines", "evaluate")}
+    assert height.keys() == files.keys()
+    for room, path in files.items():
+        lines = re.findall(r"(?m)^(?:from|import) .*", path.read_text())
+        used = {word for line in lines for word in re.findall(r"\w+", line.replace("experiments.", ""))}
+        assert all(height[other] < height[room] for other in used & height.keys()), path
 
 
 def requirements(text):
