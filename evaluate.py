@@ -26,8 +26,15 @@ def predict(model: nn.Module, images: Tensor, chunk: int = 128) -> Tensor:
 
 
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Top-1 accuracy in percent of float images (N, C, H, W) in [0, 1], in evaluation mode."""
-    correct = int(predict(model, images).argmax(1).eq(labels).sum())
+    """Top-1 accuracy in percent of float images (N, C, H, W) in [0, 1], in evaluation mode.
+
+    ValueError unless the logits are (N, classes) and the labels (N,).
+    """
+    logits = predict(model, images)
+    if logits.ndim != 2 or labels.shape != logits.shape[:1]:
+        shapes = f"{tuple(logits.shape)} and {tuple(labels.shape)}"
+        raise ValueError(f"expected logits (N, classes) and labels (N,), got {shapes}")
+    correct = int(logits.argmax(1).eq(labels).sum())
     return 100 * (correct / len(labels))
 
 
@@ -59,11 +66,12 @@ def pgd_attack(model, images, labels, epsilon, steps=10, step_size=None, generat
     `images` (N, C, H, W) float in [0, 1], `labels` (N,) int64, `epsilon` the radius. Takes `steps` steps of
     `step_size`, by default 2.5 · epsilon / steps, along the sign of the loss's gradient, in evaluation mode,
     from the image or, with a generator, from a uniform draw in the ball. Returns detached images in the ball
-    and in [0, 1]; gradients and training flags stay as they were. ValueError for epsilon < 0, steps < 1 or
-    images that are not in [0, 1], as normalised ones: a network that expects those normalises within.
+    and in [0, 1]; gradients and training flags stay as they were. ValueError for epsilon outside [0, 1],
+    steps < 1 or images that are not in [0, 1], as normalised ones: a network that expects those normalises
+    within.
     """
-    if not epsilon >= 0 or steps < 1:
-        raise ValueError(f"expected epsilon >= 0 and steps >= 1, got {epsilon} and {steps}")
+    if not 0 <= epsilon <= 1 or steps < 1:
+        raise ValueError(f"expected epsilon in [0, 1] and steps >= 1, got {epsilon} and {steps}")
     if not ((images >= 0) & (images <= 1)).all():
         raise ValueError(f"expected images in [0, 1], got {float(images.min())} to {float(images.max())}")
     if step_size is None:

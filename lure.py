@@ -4,13 +4,15 @@
 # ///
 """Learn, Unlearn and Relearn (LURE, TMLR 2023), the whole method in one file.
 
-Data arrive in mega-batches. After each, LURE measures by SNIP how much every weight matters for what was just
-learned, keeps the top 80 %, redraws the others, and trains on: Algorithm 1 of the paper is `run`, below.
+Data arrive in mega-batches. Between two of them, LURE measures by SNIP how much every weight matters for what
+was just learned, keeps the top 80 %, redraws the others, and trains on: Algorithm 1 of the paper is `run`,
+below.
 
     python lure.py --dataset digits                        # in two minutes on two CPU cores
     python lure.py --dataset cifar10 --out lure-1.json     # the paper's protocol
 
-The functions from `unlearn_` to `expected_calibration_error` lift out with the imports that they use.
+The functions from `unlearn_` to `expected_calibration_error` can be copied out, with the imports that they
+use.
 """
 
 import argparse
@@ -52,7 +54,7 @@ class Config:
     arch: str = option("auto", "network; auto: small for digits, else resnet18", ARCHITECTURES)
     mega_batches: int = option(8, "number of mega-batches, from 1 to 10000")
     replay: str = option("full", "earlier samples to train on too", ("full", "buffer", "none"))
-    buffer_size: int = option(187, "number of them under --replay buffer, at least 0")
+    buffer_size: int = option(187, "size of the buffer under --replay buffer, at least 0")
     val_fraction: float = option(0.1, "share for validation, in (0, 0.9]")
     epochs: int = option(50, "epochs per mega-batch, at least 1")
     batch_size: int = option(64, "samples per step, at least 2")
@@ -64,26 +66,39 @@ class Config:
     keep_momentum: bool = option(False, "let SGD's momentum outlive the mega-batch")
     keep: float = option(0.8, "share of the weights that unlearning keeps, in (0, 1]")
     pi: str = option("learned", "what pi is drawn from; Algorithm 1: seen", ("learned", "seen", "next"))
-    pi_fraction: float = option(0.2, "size of pi as a share of it, in (0, 1]")
+    pi_fraction: float = option(0.2, "size of pi as a share of what it is drawn from, in (0, 1]")
     seed: int = option(1, "seed of stream, start, order and forgetting, in [0, 2^30)")
     device: str = option("auto", "cpu, cuda, cuda:1 ...; auto: the GPU if there is one")
-    precision: str = option("auto", "of training; auto: bfloat16 if fast", ("auto", "float32", "bfloat16"))
+    precision: str = option("auto", "number format; auto: bfloat16 if fast", ("auto", "float32", "bfloat16"))
     out: str = option("", "file for the record (JSON)")
 
     def __post_init__(self):
         check_settings(self, LIMITS)
         if self.arch == "auto":
-            object.__setattr__(self, "arch", "small" if self.dataset == "digits" else "resnet18")
+            arch = "small" if self.dataset == "digits" else "resnet18"
+            object.__setattr__(self, "arch", arch)  # the one way, since it is frozen
 
 
 # ------------------------------------------------------------ Unlearn (section 3): score, keep, redraw
-def unlearn_(model, images, labels, keep=0.8, generator=None, loss=F.cross_entropy, chunk=64):
-    """LURE's step on the sample π = (images, labels): redraw the weights that matter least for it.
+def cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
+    """The cross-entropy of each label; of a label of −100, 0."""
+    return F.cross_entropy(logits, labels, reduction="none")
 
-    The arguments are those of the three functions that it calls. In place, of weights on one device; returns
-    the mask, True where a weight was kept. What the loss does not reach in evaluation mode, as an auxiliary
-    head, scores 0 and goes first; `requires_grad_(False)` spares a weight. Of several processes, send the
-    first's weights to all afterwards. ValueError, before anything changes, also if all scores are 0.
+
+def unlearn_(model, images, labels, keep=0.8, generator=None, loss=cross_entropies, chunk=64):
+    """LURE's step on the sample π: redraw the weights of the model that matter least for it, in place.
+
+    images, labels: π, tensors of N samples, as the network takes them, on the device of its weights.
+    keep: share of the weights to keep, in (0, 1].
+    generator: draws the new values, on its device; by default the global one of the weights' device.
+    loss: loss(output, labels) → the losses of the samples, neither their mean nor their sum.
+    chunk: how many samples pass the network at a time; it changes memory and time alone.
+
+    Returns the mask, True where a weight was kept. Weights on which the loss does not depend score 0 and go
+    first: those of a head that evaluation mode skips, the rows of an embedding that π has no token of or that
+    are its padding. To spare a weight, `requires_grad_(False)` during the call. With several processes, send
+    the weights of one to all afterwards. ValueError, before anything changes, if one of the three functions
+    that it calls raises it, or if all scores are 0.
     """
     scores = connection_sensitivity(model, images, labels, loss, chunk)
     if not any(s.any() for s in scores.values()):
@@ -93,42 +108,39 @@ def unlearn_(model, images, labels, keep=0.8, generator=None, loss=F.cross_entro
     return mask
 
 
-def connection_sensitivity(model, images, labels, loss=F.cross_entropy, chunk=64) -> dict[str, Tensor]:
+def connection_sensitivity(model, images, labels, loss=cross_entropies, chunk=64) -> dict[str, Tensor]:
     """SNIP's connection sensitivity s_j = |g_j| / Σ_k |g_k|, g of Eq. 2 (Lee et al. 2018, arXiv 1810.02340).
 
-    `images` (N, …) go to the model unchanged, `chunk` at a time; `labels` (N, …). `loss(output, labels)` is a
-    mean over samples, each of the same weight (of one that weighs them, pass a chunk of N); the default's
-    leaves out labels of −100. L is that over all N, in evaluation mode. Returns, for each parameter of two or
-    more dimensions that requires a gradient (biases and most normalisations have one dimension), scores >= 0
-    of its shape, float32 at least; their sum is 1, or 0. Model and gradients stay as they were. ValueError if
-    there is no such parameter, or no sample.
+    The arguments are those of `unlearn_`. L of Eq. 2 is the mean of all losses, in evaluation mode, without
+    autocast. Returns, for each parameter of two or more dimensions that requires a gradient (biases and most
+    normalisations have one), scores >= 0 of its shape, float32 at least; the sum of all is 1, or 0. Model and
+    gradients stay as they were. ValueError if there is no such parameter or no sample, or for another loss.
 
-    Of layers that compute over a batch, as normalisation without running statistics, scores depend on the
-    chunk. A row that is not trained, as `padding_idx`'s, scores 0: put it back afterwards. In float16 many
-    scores are exactly 0. An LSTM on CUDA needs `torch.backends.cudnn.flags(enabled=False)`, checkpointed
-    layers `use_reentrant=False`. Quantisation observers move; complex weights are not supported.
+    With layers that compute over a batch, such as normalisation without running statistics, scores depend on
+    the chunk. In float16 many scores are exactly 0. An LSTM on CUDA needs
+    `torch.backends.cudnn.flags(enabled=False)`, checkpointed layers `use_reentrant=False`. Observers of
+    quantisation count this pass too. Complex weights are not supported.
     """
     weights = connections(model)
-
-    def counted(labels):
-        return int((labels != -100).sum()) if loss is F.cross_entropy else len(labels)
-
-    total = counted(labels)
-    if total == 0:
+    if len(labels) == 0:
         raise ValueError("expected samples to score the weights by, got none")
 
-    def share_of_mean(output, labels):
-        return loss(output, labels) * (counted(labels) / total)
+    def share_of_mean(output, y):
+        losses = loss(output, y)
+        if losses.ndim == 0:
+            raise ValueError("expected a loss of each sample, as by reduction='none'; got their mean or sum")
+        return losses.sum() / len(y) * (len(y) / len(labels))
 
-    parts = [(x, y) for x, y in chunks(chunk, images, labels) if counted(y)]
-    gradients = gradient_of_sum(model, [*weights.values()], parts, share_of_mean)
+    gradients = gradient_of_sum(model, [*weights.values()], chunks(chunk, images, labels), share_of_mean)
     scores = {}
     for (name, weight), gradient in zip(weights.items(), gradients, strict=True):
-        # g is a derivative by the mask, not by the weight: the loss sees m·θ, so ∂L/∂m = θ·∂L/∂θ at m = 1.
+        # g is a derivative by the mask, not by the weight: the loss sees M·θ, so ∂L/∂M = θ·∂L/∂θ at M = 1.
         at_least_float32 = torch.promote_types(weight.dtype, torch.float32)
         scores[name] = (weight.detach().to(at_least_float32) * gradient).abs()
     norm = sum(float(s.cpu().sum(dtype=torch.float64)) for s in scores.values())
-    return {name: s / norm if norm > 0 else s for name, s in scores.items()}
+    if not norm > 0:  # the loss depends on no weight
+        return scores
+    return {name: s / norm for name, s in scores.items()}
 
 
 def top_k_mask(scores: dict[str, Tensor], keep: float) -> dict[str, Tensor]:
@@ -138,8 +150,11 @@ def top_k_mask(scores: dict[str, Tensor], keep: float) -> dict[str, Tensor]:
     indicator would keep them all. Bool tensors, named and shaped as the scores. ValueError unless
     0 < keep <= 1 and no score is NaN.
     """
-    if not 0 < keep <= 1 or any(s.isnan().any() for s in scores.values()):
-        raise ValueError(f"expected keep in (0, 1] and scores without NaN; keep is {keep}")
+    if not 0 < keep <= 1:
+        raise ValueError(f"expected keep in (0, 1], got {keep}")
+    for name, s in scores.items():
+        if s.isnan().any():
+            raise ValueError(f"{name}: a score is NaN, so the loss or a weight is not finite")
     flat = torch.cat([s.flatten() for s in scores.values()])
     k = max(1, round(keep * len(flat)))
     best_first = flat.sort(descending=True, stable=True).indices
@@ -155,23 +170,28 @@ def top_k_mask(scores: dict[str, Tensor], keep: float) -> dict[str, Tensor]:
 def reinitialize_(model: nn.Module, mask: dict[str, Tensor], generator=None) -> None:
     """Redraw in place the weights whose mask is False (Eq. 3); no other value changes.
 
-    `mask`: parameter name → bool tensor of its shape. New values, as in the released code: U(−1/√fan_in,
-    1/√fan_in), fan_in the product of all dimensions but the first, drawn on the generator's device.
-    ValueError, before anything changes, for a mask that is not of this model's parameters.
+    `mask`: parameter name → bool tensor of its shape. New values are uniform, U(−1/√fan_in, 1/√fan_in), as in
+    the authors' code, whatever distribution the layer started from; fan_in is the product of all dimensions
+    but the first. They are drawn on the generator's device. ValueError, before anything changes, for a mask
+    that is not of this model's parameters.
     """
     parameters = dict(model.named_parameters())
-    for name, m in mask.items():
-        if name not in parameters or parameters[name].shape != m.shape:
-            raise ValueError(f"{name}: the mask has it, with shape {tuple(m.shape)}, and the model has not")
+    for name, kept in mask.items():
+        shape = parameters[name].shape if name in parameters else None
+        if kept.shape != shape or kept.dtype != torch.bool:
+            found = f"{kept.dtype} {tuple(kept.shape)}"
+            raise ValueError(f"{name}: expected bool, in the shape of a parameter of the model; got {found}")
     with torch.no_grad():
-        for name, m in mask.items():
+        for name, kept in mask.items():
             p = parameters[name]
-            number = int((~m).sum())
+            number = int((~kept).sum())
             if number == 0:
                 continue
-            bound = 1 / math.sqrt(math.prod(m.shape[1:]))
-            drawn = torch.empty(number, dtype=p.dtype, device=(generator or p).device)
-            p[~m] = drawn.uniform_(-bound, bound, generator=generator).to(p.device)
+            bound = 1 / math.sqrt(math.prod(p.shape[1:]))
+            device = p.device if generator is None else generator.device
+            drawn = torch.empty(number, dtype=p.dtype, device=device)
+            drawn.uniform_(-bound, bound, generator=generator)
+            p[~kept] = drawn.to(p.device)
 
 
 def connections(model: nn.Module) -> dict[str, Tensor]:
@@ -192,22 +212,22 @@ def gradient_of_sum(model, parameters, parts, loss) -> list[Tensor]:
     with evaluating(model), torch.enable_grad(), torch.autocast(device, enabled=False):
         for x, y in parts:
             more = torch.autograd.grad(loss(model(x), y), parameters, materialize_grads=True)
-            gradients = [g + m for g, m in zip(gradients, more, strict=True)]
+            gradients = [a + b for a, b in zip(gradients, more, strict=True)]
     return gradients
 
 
 def chunks(size: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The samples of all tensors, `size` at a time; ValueError if they have not as many.
+    """The tensors in chunks of `size` samples. ValueError if they are not of one length.
 
-    A last sample alone, which some layers refuse, joins the chunk before.
+    A last chunk of one sample, which some layers refuse, is joined to the chunk before.
     """
     number = len(tensors[0])
     if any(len(tensor) != number for tensor in tensors):
         raise ValueError(f"expected as many samples in each, got {[len(tensor) for tensor in tensors]}")
-    starts = [*range(size, number, size)]
-    if size > 1 and starts and starts[-1] == number - 1:
-        starts.pop()
-    return zip(*(tensor.tensor_split(starts) for tensor in tensors), strict=True)
+    cuts = [*range(size, number, size)]
+    if size > 1 and cuts and cuts[-1] == number - 1:
+        cuts.pop()
+    return zip(*(tensor.tensor_split(cuts) for tensor in tensors), strict=True)
 
 
 @contextmanager
@@ -225,9 +245,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 # ------------------------------------------------------------ Stream (section 3)
 class MegaBatch(NamedTuple):
-    train: Tensor  # int64 indices of what to train on now, replay included
-    val: Tensor  # of what to validate on now
-    new: Tensor  # of its own training part
+    train: Tensor  # int64 indices of the samples to train on: `new`, and what is replayed
+    val: Tensor  # of the samples to validate on
+    new: Tensor  # of the training samples that have just arrived
 
     def to(self, device) -> "MegaBatch":
         return MegaBatch(*(index.to(device) for index in self))
@@ -238,16 +258,17 @@ def mega_batches(
 ) -> list[MegaBatch]:
     """Divide the samples at random into mega-batches of one size (±1), int64 index tensors on the CPU.
 
-    round(val_fraction · size) of it, but at least one, are for validation, and `new` is the rest. `train` is
-    `new` and, of the `new` before, all (replay "full"), nothing ("none") or at most `buffer_size`, a uniform
-    sample of them ("buffer": what has left it never returns). `val` is its own part; under full replay, all
-    so far. ValueError for another replay, a size below 0, or where nothing would be left to train on.
+    Of each, round(val_fraction · its size), but at least one, are for validation, and the rest is `new`.
+    `train` is `new` and a replay of the `new` of earlier mega-batches: all of it (replay "full"), nothing
+    ("none"), or at most `buffer_size`, a uniform sample ("buffer"; what has left the buffer never returns).
+    `val` is what this mega-batch has for validation; under full replay, that of the earlier ones too.
+    ValueError for another replay, a size below 0, or where nothing would be left to train on.
     """
     if replay not in ("full", "buffer", "none") or buffer_size < 0:
         raise ValueError(f"expected replay full, buffer or none, of 0 or more; got {replay}, {buffer_size}")
     parts = torch.randperm(num_samples, generator=generator).tensor_split(num_mega_batches)
-    priority = torch.randperm(num_samples, generator=generator)  # the buffer holds those that are first by it
-    replayed = {"full": num_samples, "buffer": buffer_size, "none": 0}[replay]
+    rank = torch.randperm(num_samples, generator=generator)  # those of lowest rank are a uniform sample
+    limit = {"full": num_samples, "buffer": buffer_size, "none": 0}[replay]
     earlier = torch.empty(0, dtype=torch.int64)
     validation = torch.empty(0, dtype=torch.int64)
     stream = []
@@ -256,32 +277,43 @@ def mega_batches(
         if len(new) == 0:
             raise ValueError(f"{num_samples} samples do not make {num_mega_batches} mega-batches to train on")
         validation = torch.cat([validation, val]) if replay == "full" else val
-        first = earlier[priority[earlier].argsort()][:replayed]
-        stream.append(MegaBatch(torch.cat([new, first]), validation, new))
+        by_rank = earlier[rank[earlier].argsort()]
+        train = torch.cat([new, by_rank[:limit]])
+        stream.append(MegaBatch(train, validation, new))
         earlier = torch.cat([earlier, new])
     return stream
 
 
 # ------------------------------------------------------------ Metrics (sections 4 and 7.1)
 def cumulative_error_rate(errors: Iterable) -> int:
-    """CER (Eq. 4), a count: the misclassified test samples, `errors`, summed over the mega-batches."""
-    return sum(int(e) for e in errors)
+    """CER (Eq. 4), a count: the misclassified test samples, `errors`, summed over the mega-batches.
+
+    ValueError for what is no count, such as a rate.
+    """
+    counts = [float(number) for number in errors]
+    if not all(count.is_integer() for count in counts):
+        raise ValueError(f"expected counts, got {counts}")
+    return int(sum(counts))
 
 
 def expected_calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 15) -> float:
     """ECE = Σ_b (n_b/N) · |acc_b − conf_b| (Naeini et al. 2015; section 7.1), in [0, 1].
 
-    `probabilities` (N, C) float, `labels` (N,) int64; b: the bins (i/B, (i+1)/B] of the top-1 confidence.
-    ValueError for what is no probability, as a logit.
+    `probabilities` (N, C) float, `labels` (N,) int64; the bins b are the intervals (i/bins, (i+1)/bins] of
+    the top-1 confidence. ValueError for what is no probability, such as a logit, or no class, such as −100.
     """
     probabilities = probabilities.cpu().double()
+    labels = labels.cpu()
+    number, classes = probabilities.shape
+    if labels.shape != (number,) or number == 0 or labels.min() < 0 or labels.max() >= classes:
+        raise ValueError(f"expected a class, from 0 to {classes - 1}, for each of one or more samples")
     if not (probabilities >= 0).all() or not ((probabilities.sum(dim=1) - 1).abs() <= 0.01).all():
         raise ValueError("expected probabilities, in [0, 1] and of sum 1, not logits, logarithms or percent")
     confidence, prediction = probabilities.max(dim=1)
-    correct = prediction.eq(labels.cpu()).double()
+    correct = prediction.eq(labels).double()
     edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64)
     bin = torch.bucketize(confidence, edges[1:-1])
-    # In each bin, n_b · (conf_b − acc_b) is the sum of what its samples are too confident.
+    # n_b · (conf_b − acc_b) is the sum of (confidence − correct) over the samples of bin b.
     excess = torch.zeros_like(edges)
     excess.index_add_(0, bin, confidence - correct)
     return float(excess.abs().sum() / len(labels))
@@ -349,12 +381,12 @@ def load_cifar(name: str, folder: str) -> Dataset:
 def build_model(arch: str, data: Dataset, generator: torch.Generator) -> nn.Module:
     """One of `NETWORKS`, on the device of the data: float (N, C, H, W) in [0, 1] → logits (N, classes).
 
-    Convolutions start Kaiming-normal (fan-out). It normalises its input. Its weights depend on the generator
-    alone.
+    The network normalises its input. Its convolutions start Kaiming-normal (fan-out); its weights depend on
+    the generator alone.
     """
     torch.backends.cudnn.allow_tf32 = False  # so that float32 is float32
     seed = torch.randint(2**62, (), generator=generator)
-    with torch.random.fork_rng([]):
+    with torch.random.fork_rng([]):  # layers draw their weights from the global generator
         torch.default_generator.manual_seed(int(seed))
         model = NETWORKS[arch](len(data.classes), data.images.shape[-1])
         for module in model.modules():
@@ -362,7 +394,7 @@ def build_model(arch: str, data: Dataset, generator: torch.Generator) -> nn.Modu
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     model.register_buffer("mean", torch.tensor(data.mean).view(-1, 1, 1))
     model.register_buffer("std", torch.tensor(data.std).view(-1, 1, 1))
-    model.register_forward_pre_hook(lambda model, args: (args[0] - model.mean) / model.std)
+    model.register_forward_pre_hook(lambda network, inputs: (inputs[0] - network.mean) / network.std)
     return model.to(data.images.device).to(memory_format=torch.channels_last)
 
 
@@ -410,7 +442,7 @@ def augmented(pixels: Tensor, index: Tensor, padding: int, flip: bool, generator
     _, height, width, _ = pixels.shape
     one_each = (len(index), 1, 1)
     device = pixels.device
-    # Each image moves by up to `padding` pixels down and to the right, or up and to the left.
+    # Where each crop begins, beside the image: from −padding to padding, down and to the right.
     top, left = torch.randint(-padding, padding + 1, (2, *one_each), device=device, generator=generator)
     rows = top + torch.arange(height, device=device)[:, None]  # (N, H, 1)
     columns = torch.arange(width, device=device).expand(len(index), 1, width)  # (N, 1, W)
@@ -436,7 +468,7 @@ def pick_precision(name: str, device: torch.device) -> str:
 
 
 def train_epoch_(model, optimizer, data: Dataset, train: Tensor, config, generator) -> Tensor:
-    """One epoch on the samples `train`, without a synchronisation. Returns the running accuracy, [0, 1]."""
+    """One epoch on the samples `train`, not waiting for the device. Returns the running accuracy, [0, 1]."""
     device = train.device
     bfloat16 = pick_precision(config.precision, device) == "bfloat16"
     correct = torch.zeros((), dtype=torch.int64, device=device)
@@ -457,7 +489,11 @@ def train_epoch_(model, optimizer, data: Dataset, train: Tensor, config, generat
 
 
 def batches(train: Tensor, size: int, generator) -> list[Tensor]:
-    """The samples in random order, `size` at a time; a last few, who would spoil running statistics, join."""
+    """The samples in random order, `size` at a time.
+
+    A last batch of less than half the size, which would spoil running statistics, is joined to the one
+    before.
+    """
     order = train[torch.randperm(len(train), device=train.device, generator=generator)]
     parts = list(order.split(size))
     if len(parts) > 1 and len(parts[-1]) < max(size / 2, 2):
@@ -472,8 +508,8 @@ def learn_(model, optimizer, data: Dataset, batch: MegaBatch, config, generator,
     best_accuracy = -1.0
     best_weights = None
     for epoch in tqdm(range(config.epochs), "epochs", leave=False, disable=None):
-        # The rate decays after 40 and after 80 percent of the epochs: of 50, at 20 and at 40.
-        decays = sum(5 * epoch >= fifths * config.epochs for fifths in (2, 4))
+        # The rate decays after two and after four fifths of the epochs: of 50, at 20 and at 40.
+        decays = int(5 * epoch >= 2 * config.epochs) + int(5 * epoch >= 4 * config.epochs)
         optimizer.param_groups[0]["lr"] = config.lr * config.gamma**decays
         running_accuracy = train_epoch_(net, optimizer, data, batch.train, config, generator)
         if config.select == "best-val":
@@ -490,9 +526,9 @@ def learn_(model, optimizer, data: Dataset, batch: MegaBatch, config, generator,
 
 
 def evaluate(model: nn.Module, pixels: Tensor, labels: Tensor) -> dict:
-    """Accuracy (percent), errors, loss, ECE ([0, 1]), not augmented. FloatingPointError: loss not finite."""
+    """Accuracy (percent), errors, loss and ECE ([0, 1]). FloatingPointError for a loss that is not finite."""
     with torch.no_grad(), evaluating(model):
-        parts = chunks(128, pixels)  # on a CPU, larger ones are half as fast: their memory is new each time
+        parts = chunks(128, pixels)  # on a CPU, larger ones are half as fast: each takes new memory
         logits = torch.cat([model(to_input(part)) for (part,) in parts])
     loss = float(F.cross_entropy(logits, labels))
     if not math.isfinite(loss):
@@ -504,17 +540,17 @@ def evaluate(model: nn.Module, pixels: Tensor, labels: Tensor) -> dict:
 
 # ------------------------------------------------------------ Algorithm 1: learn, unlearn, relearn
 class Between(NamedTuple):
-    """What a method gets, beside the model, between two mega-batches."""
+    """What `forget` gets, beside the model, between two mega-batches. LURE uses the first and the third."""
 
     pi: tuple[Tensor, Tensor]  # the sample π: images, float (N, C, H, W) in [0, 1], and labels (N,)
     fresh: Callable[[], nn.Module]  # builds a new network
     generator: torch.Generator  # on the CPU, for all that is drawn
     data: Dataset
-    stream: list[MegaBatch]  # those learned and, last, the one that is trained on next
+    stream: list[MegaBatch]  # the mega-batches so far and, last, the one that is trained on next
 
 
 def lure_(model, between: Between, keep=0.8) -> dict[str, Tensor]:
-    """LURE as a method of `run`: it changes the model in place and returns its mask (True: kept), or None."""
+    """LURE as the `forget` of `run`: it changes the model in place and returns its mask (True: kept)."""
     images, labels = between.pi
     try:
         return unlearn_(model, images, labels, keep, between.generator)
@@ -522,7 +558,7 @@ def lure_(model, between: Between, keep=0.8) -> dict[str, Tensor]:
         raise FloatingPointError(f"the network cannot be unlearned: {error}") from error
 
 
-STREAM, START, FORGETTING, ORDER = range(4)  # each is drawn independently of the others
+STREAM, START, FORGETTING, ORDER = range(4)  # what is drawn, each by a generator of its own
 
 
 def generator_of(seed: int, purpose: int, device="cpu") -> torch.Generator:
@@ -530,7 +566,7 @@ def generator_of(seed: int, purpose: int, device="cpu") -> torch.Generator:
 
 
 def draw_stream(config: Config, data: Dataset) -> tuple[Dataset, list[MegaBatch]]:
-    """The data, with their noisy labels, and the stream of a run, by its seed, on the device of the data."""
+    """The data with noisy labels, and the stream of a run, both drawn by its seed."""
     c = config
     device = data.labels.device
     generator = generator_of(c.seed, STREAM)
@@ -546,20 +582,24 @@ def with_noise(labels: Tensor, classes: int, probability: float, generator) -> T
     return torch.where(noisy, redrawn, labels)
 
 
-def draw_pi(config, data: Dataset, learned: MegaBatch, following: MegaBatch, generator):
-    """The sample π, images and labels: a share of what was just learned, or as `config.pi` says."""
-    source = learned.new
+def draw_pi(config, data: Dataset, batch: MegaBatch, next_batch: MegaBatch, generator):
+    """The sample π, images and labels: `config.pi_fraction` of the samples that have just been learned.
+
+    They are the new ones of the mega-batch (section 3, Appendix A.2); with `config.pi` "seen" all that it was
+    trained on, replay included (Algorithm 1, line 8); with "next" the new ones of the mega-batch to come.
+    """
+    source = batch.new
     if config.pi == "seen":
-        source = learned.train
+        source = batch.train
     elif config.pi == "next":
-        source = following.new
+        source = next_batch.new
     size = max(1, round(config.pi_fraction * len(source)))
     order = torch.randperm(len(source), generator=generator)
     return data.samples(source[order[:size].to(source.device)])
 
 
 def totals(rows: list[dict]) -> dict:
-    """The paper's metrics of a run, from its mega-batches; accuracy and gap (section 4) in percent."""
+    """The paper's metrics of a run, accuracy and gap (section 4) in percent, and its cost."""
     last = rows[-1]
     return dict(
         test_accuracy=last["test"]["accuracy"],
@@ -572,14 +612,17 @@ def totals(rows: list[dict]) -> dict:
 
 
 def run(config: Config, data: Dataset, forget=None, stream=None, state=None, wrap=None) -> Iterator[dict]:
-    """Algorithm 1, where the data are. Yields after each mega-batch the state to go on from.
+    """Algorithm 1, on the device of the data.
 
-    `forget(model, between)`: what to do between mega-batches, LURE by default. `stream`: as of
-    `mega_batches`, for labels as they are; by default both are drawn by the seed. `state`: one that was
-    yielded; its `mega_batches` are the rows measured so far, its tensors the live ones. `wrap(model)`: what
-    to train the model through, as `torch.compile`. At one seed, stream, start and order are the same for
-    every method. ValueError for settings that cannot be, FloatingPointError after a mega-batch whose loss is
-    not finite.
+    Yields, after each mega-batch and the unlearning that follows it, the state to go on from; its rows were
+    measured before the unlearning.
+
+    `forget(model, between)`: what to do between mega-batches, LURE by default. `stream`: what the function
+    `mega_batches` returns; labels are then used as they are. By default the seed decides stream and label
+    noise. `state`: one that was yielded, to go on from; its entry "mega_batches" has the rows so far, and its
+    tensors are no copies. `wrap(model)`: what to train the model through, such as `torch.compile`. At one
+    seed, stream, start and order are the same for every method. ValueError for impossible settings,
+    FloatingPointError after a mega-batch whose loss is not finite.
     """
     forget = forget or partial(lure_, keep=config.keep)
     if stream is None:
@@ -590,9 +633,8 @@ def run(config: Config, data: Dataset, forget=None, stream=None, state=None, wra
     rngs = [start_rng, forget_rng, order_rng]
     model = build_model(config.arch, data, start_rng)
     fresh = partial(build_model, config.arch, data, forget_rng)
-    decay = config.weight_decay
     optimizer = torch.optim.SGD(
-        model.parameters(), config.lr, config.momentum, weight_decay=decay, fused=True
+        model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay, fused=True
     )
     rows: list[dict] = []
     if state:
@@ -603,12 +645,12 @@ def run(config: Config, data: Dataset, forget=None, stream=None, state=None, wra
         # Learn; from the second mega-batch on, relearn.
         row = learn_(model, optimizer, data, batch, config, order_rng, wrap)
         if not config.keep_momentum:
-            optimizer.state.clear()
+            optimizer.state.clear()  # the momentum
         # Evaluate.
         row["train"] = evaluate(model, data.images[batch.train], data.labels[batch.train])
         row["val"] = evaluate(model, data.images[batch.val], data.labels[batch.val])
         row["test"] = evaluate(model, data.test_images, data.test_labels)
-        rows = [*rows, row]
+        rows = [*rows, row]  # a new list: the yielded states keep theirs
         # Unlearn, if anything follows.
         if i + 1 < len(stream):
             pi = draw_pi(config, data, batch, stream[i + 1], forget_rng)
@@ -687,7 +729,7 @@ def add_settings(parser: argparse.ArgumentParser, settings: type[Config]) -> Non
 
 @contextmanager
 def new_file(path: str) -> Iterator[TextIO]:
-    """A file to write, which is whole when it gets its name, or not there. ValueError if it cannot be."""
+    """A file to write, which gets its name when it is complete. ValueError if that cannot be."""
     part = f"{path}.part"
     try:
         if os.path.exists(path):

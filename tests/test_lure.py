@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from dataclasses import asdict, fields
 from fractions import Fraction
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -287,12 +288,12 @@ class Pair(nn.Module):
 
 
 def of_tokens(output, labels):
-    return F.cross_entropy(output.transpose(1, 2), labels)
+    return F.cross_entropy(output.transpose(1, 2), labels, reduction="none")
 
 
 def of_both(output, labels):
     features, logits = output
-    return F.cross_entropy(logits, labels) + features.square().mean()
+    return lure.cross_entropies(logits, labels) + features.square().mean(dim=1)
 
 
 INPUTS = {
@@ -314,7 +315,7 @@ def problem(build, n=5, seed=0, dtype=torch.float64):
         model, images = build().to(dtype), INPUTS[build](n)
         labels = torch.randint(2, images.shape if build is Language else (n,))
     images = images.to(dtype) if images.is_floating_point() else images
-    return model, images, labels, LOSSES.get(build, F.cross_entropy)
+    return model, images, labels, LOSSES.get(build, lure.cross_entropies)
 
 
 @torch.no_grad()
@@ -330,7 +331,7 @@ def slow_sensitivity(model, images, labels, loss, step=1e-5):
             losses = []
             for m in (1 + step, 1 - step):
                 flat[j] = weight * m
-                losses.append(loss(model(images), labels))
+                losses.append(loss(model(images), labels).mean())
             flat[j] = weight
             derivative[name].view(-1)[j] = (losses[0] - losses[1]).abs() / (2 * step)
     total = sum(d.sum() for d in derivative.values())
@@ -350,27 +351,6 @@ def test_sensitivity_is_the_derivative_by_the_mask(build, n, chunk, seed):
     torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-8)
     total = sum(s.sum().item() for s in scores.values())
     assert total == pytest.approx(1 if any(s.any() for s in expected.values()) else 0)
-
-
-def test_sensitivity_covers_each_trainable_weight_once():
-    def names(build):
-        return list(lure.connection_sensitivity(*problem(build)))
-
-    assert names(Tied) == ["first.weight", "head.weight"]
-    assert names(frozen) == ["3.weight"]
-    assert names(convolutional) == ["0.weight", "3.weight"]
-    assert names(Language)[0] == "embedding.weight" and "head.weight" not in names(Language)
-    idle = lure.connection_sensitivity(*problem(Unused))["idle.weight"]
-    assert idle.shape == (3, 3) and not idle.any()
-
-
-@pytest.mark.parametrize("build", [mlp, convolutional, Language, Pair])
-def test_sensitivity_does_not_depend_on_the_chunk(build):
-    model, images, labels, loss = problem(build, n=7)
-    expected = lure.connection_sensitivity(model, images, labels, loss, chunk=7)
-    for chunk in (1, 3, 256):
-        scores = lure.connection_sensitivity(model, images, labels, loss, chunk)
-        torch.testing.assert_close(scores, expected)
 
 
 @pytest.mark.parametrize("n, sizes", [(64, [64]), (65, [65]), (66, [64, 2]), (129, [64, 65]), (1, [1])])
@@ -437,15 +417,9 @@ def test_every_modules_mode_is_put_back_and_what_it_does_with_it(model):
     for p, before in zip(model.parameters(), weights, strict=True):
         torch.testing.assert_close(p.detach(), before, rtol=0, atol=1e-14)
     exactly([*model.buffers()], statistics)
-    assert (
-        any(
-            g.any()
-            for g in torch.autograd.grad(
-                model(x).sum(), [model[0][0].a, model[0][0].b], allow_unused=True, materialize_grads=True
-            )
-        )
-        == modes[2]
-    )
+    adapter = [model[0][0].a, model[0][0].b]  # it has a gradient in training mode alone
+    gradients = torch.autograd.grad(model(x).sum(), adapter, allow_unused=True, materialize_grads=True)
+    assert any(g.any() for g in gradients) == modes[2]
 
 
 def test_labels_that_do_not_count_weigh_nothing_whatever_the_chunk():
@@ -455,12 +429,12 @@ def test_labels_that_do_not_count_weigh_nothing_whatever_the_chunk():
     labels = torch.randint(4, (130, 4, 4), generator=generator)
     labels[torch.rand(labels.shape, generator=generator) < torch.linspace(0, 1.2, 130)[:, None, None]] = -100
     assert (labels[-16:] == -100).all()
-    expected = slow_sensitivity(model, images, labels, F.cross_entropy)
+    expected = slow_sensitivity(model, images, labels, lure.cross_entropies)
     for chunk in (1, 16, 64, 200):
         scores = lure.connection_sensitivity(model, images, labels, chunk=chunk)
         torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-8)
-    with pytest.raises(ValueError, match="expected samples to score the weights by, got none"):
-        lure.connection_sensitivity(model, images, torch.full_like(labels, -100))
+    with pytest.raises(ValueError, match="all sensitivities are 0"):
+        lure.unlearn_(model, images, torch.full_like(labels, -100))
 
 
 def test_a_layer_that_refuses_one_sample_is_scored_by_65():
@@ -483,14 +457,39 @@ def test_what_cannot_be_ranked_is_refused_in_words():
         lure.unlearn_(mlp(), images[:0], labels[:0])
 
 
+def test_a_loss_of_all_samples_together_is_refused():
+    model, images, labels, _ = problem(mlp)
+    for loss in (F.cross_entropy, partial(F.cross_entropy, reduction="sum")):
+        with pytest.raises(ValueError, match="expected a loss of each sample, as by reduction='none'"):
+            lure.unlearn_(model, images, labels, loss=loss)
+
+
+def masked(output, labels):
+    """The losses of those tokens alone that are to be predicted."""
+    losses = of_tokens(output, labels)
+    return losses[labels > 2]
+
+
+def test_a_loss_may_leave_out_what_it_likes_whatever_the_chunk():
+    model, images, labels, _ = problem(Language, n=9)
+    labels = torch.randint(6, images.shape, generator=seeded(1))
+    labels[6:] = 0  # a chunk of which none counts
+    whole = lure.connection_sensitivity(model, images, labels, masked, chunk=9)
+    for chunk in (1, 2, 4):
+        scores = lure.connection_sensitivity(model, images, labels, masked, chunk)
+        torch.testing.assert_close(scores, whole)
+
+
 def test_a_network_whose_scores_are_all_zero_is_not_unlearned():
     _, images, labels, _ = problem(mlp, dtype=torch.float32)
     flat = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3))
     nn.init.zeros_(flat[2].weight)  # a head that starts at zero
+    scores = lure.connection_sensitivity(flat, images, labels)
+    assert len(scores) == 2 and not any(s.any() for s in scores.values())
     for step in (unlearn_, lambda model, images, labels, loss: lure.unlearn_(model, images, labels)):
         before = state(flat)
         with pytest.raises(ValueError, match="all sensitivities are 0"):
-            step(flat, images, labels, F.cross_entropy)
+            step(flat, images, labels, lure.cross_entropies)
         assert same(state(flat), before)
     with pytest.raises(
         FloatingPointError, match="the network cannot be unlearned: the loss depends on no weight"
@@ -522,13 +521,19 @@ def test_what_the_loss_does_not_reach_goes_first_unless_it_is_frozen():
     assert torch.equal(model.auxiliary.weight, before["auxiliary.weight"])
 
 
-@pytest.mark.parametrize("wrong", [{"0.weight": (3, 4)}, {"_orig_mod.0.weight": (4, 3)}])
+NO_MASKS = [
+    {"0.weight": torch.zeros(3, 4).bool()},
+    {"_orig_mod.0.weight": torch.zeros(4, 3).bool()},
+    {"0.weight": torch.zeros(4, 3)},
+]
+
+
+@pytest.mark.parametrize("wrong", NO_MASKS)
 def test_a_mask_of_another_model_is_refused_before_anything_changes(wrong):
     model = mlp()
     before = state(model)
-    mask = {"3.weight": torch.zeros(3, 4, dtype=torch.bool)}
-    mask |= {name: torch.zeros(shape, dtype=torch.bool) for name, shape in wrong.items()}
-    with pytest.raises(ValueError, match=f"{next(iter(wrong))}: the mask has it"):
+    mask = {"3.weight": torch.zeros(3, 4, dtype=torch.bool)} | wrong
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected bool, in the shape of a parameter"):
         lure.reinitialize_(model, mask)
     assert same(state(model), before)
 
@@ -557,34 +562,16 @@ def test_a_network_may_keep_a_tensor_of_its_forward_pass_for_training():
     model(torch.rand(2, 64)).sum().backward()  # of an inference tensor it would raise
 
 
-@pytest.mark.parametrize("build", INPUTS)
-def test_sensitivity_is_computed_in_the_precision_of_the_weights(build):
-    model, images, labels, loss = problem(build, n=20)
-    expected = lure.connection_sensitivity(model, images, labels, loss)
-    if images.is_floating_point():
-        images = images.float()
-    scores = lure.connection_sensitivity(model.float(), images, labels, loss)
-    torch.testing.assert_close({n: s.double() for n, s in scores.items()}, expected, rtol=1e-3, atol=1e-6)
-
-
-def test_scores_of_low_precision_sum_to_one():
-    model, *rest = problem(mlp, n=50, dtype=torch.bfloat16)
-    scores = lure.connection_sensitivity(model, *rest)
-    assert float(sum(s.double().sum() for s in scores.values())) == pytest.approx(1, abs=1e-3)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_scores_have_the_shape_of_the_weights_and_their_dtype_or_float32(dtype):
-    model, *rest = problem(mlp, dtype=dtype)
+    model, *rest = problem(mlp, n=50, dtype=dtype)
     scores = lure.connection_sensitivity(model, *rest)
     weights = {name: p for name, p in model.named_parameters() if name in scores}
-    at_least = (
-        torch.float32 if dtype == torch.bfloat16 else dtype
-    )  # half a precision cannot tell small scores
-    assert all(
-        scores[name].dtype == at_least and scores[name].shape == p.shape for name, p in weights.items()
-    )
+    at_least = torch.promote_types(dtype, torch.float32)  # half a precision cannot tell small scores
+    for name, p in weights.items():
+        assert scores[name].dtype == at_least and scores[name].shape == p.shape
     assert not any(s.requires_grad for s in scores.values())
+    assert float(sum(s.double().sum() for s in scores.values())) == pytest.approx(1, abs=1e-3)
 
 
 def test_sensitivity_leaves_model_gradients_and_random_state_alone():
@@ -603,16 +590,8 @@ def test_sensitivity_leaves_model_gradients_and_random_state_alone():
     assert [p.requires_grad for p in model.parameters()] == wanted
     assert torch.equal(first.grad, gradient) and all(p.grad is None for p in others)
     with pytest.raises(TypeError):
-        lure.connection_sensitivity(model, images, labels, loss=None)
+        lure.connection_sensitivity(model, images, labels, None)
     assert [m.training for m in model.modules()] == flags
-
-
-def test_a_loss_that_depends_on_no_weight_gives_zeros():
-    flat = nn.Linear(3, 2)
-    nn.init.zeros_(flat.weight)
-    for model in (flat, nn.Sequential(nn.Linear(3, 3), flat)):
-        scores = lure.connection_sensitivity(model, torch.randn(4, 3), torch.tensor([0, 1, 1, 0]))
-        assert scores and all(torch.equal(s, torch.zeros_like(s)) for s in scores.values())
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, lambda: torch.autocast("cpu", torch.bfloat16)])
@@ -655,21 +634,11 @@ def test_the_mask_keeps_the_first_k_of_a_stable_sort(scores, keep):
     assert all(m.dtype == torch.bool for m in mask.values()) and same(scores, before)
 
 
-def test_the_number_kept_is_rounded_as_python_rounds_but_at_least_one():
-    for keep, m, k in [(0.5, 1, 1), (0.5, 3, 2), (0.5, 5, 2), (0.8, 10, 8), (0.04, 10, 1), (1.0, 7, 7)]:
-        assert int(lure.top_k_mask({"w": torch.zeros(m)}, keep)["w"].sum()) == k
-
-
 @pytest.mark.parametrize("keep", [0, 0.0, -0.5, 1.0001, 2, math.inf, math.nan])
-def test_a_share_that_cannot_be_kept_is_refused(keep):
-    with pytest.raises(ValueError, match=f"keep is {keep}"):
-        lure.top_k_mask({"w": torch.rand(3)}, keep)
-
-
-@pytest.mark.parametrize("keep", [1e-12, 0.5, 1.0])
-def test_scores_with_nan_are_refused(keep):
-    with pytest.raises(ValueError):
-        lure.top_k_mask({"v": torch.rand(3), "w": torch.tensor([[1.0, math.nan]])}, keep)
+def test_a_share_that_cannot_be_kept_is_refused_and_a_score_that_cannot_be_ranked(keep):
+    for scores, share in (({"w": torch.rand(3)}, keep), ({"w": torch.tensor([[1.0, math.nan]])}, 0.5)):
+        with pytest.raises(ValueError, match=rf"in \(0, 1\], got {share}|w: a score is NaN"):
+            lure.top_k_mask(scores, share)
 
 
 # ------------------------------------------------------------ Reinitialisation
@@ -713,12 +682,6 @@ def test_redrawn_values_are_a_function_of_the_generator(seed, other):
         states.append(state(again))
     assert same(states[0], states[1]) and (seed == other or not same(states[0], states[2]))
     assert torch.equal(torch.get_rng_state(), rng)
-
-
-def test_the_bound_of_redrawn_values_is_one_for_a_single_input():
-    model = nn.Linear(1, 200)
-    lure.reinitialize_(model, {"weight": torch.zeros(200, 1, dtype=torch.bool)}, seeded(3))
-    assert 0.9 < model.weight.abs().max() <= 1
 
 
 def test_redrawn_values_are_uniform():
@@ -770,6 +733,8 @@ def test_cumulative_error_rate_counts_every_miss(tests):
     for given_errors in (errors, torch.tensor(errors), iter(errors)):
         cer = lure.cumulative_error_rate(given_errors)
         assert cer == expected and type(cer) is int
+    with pytest.raises(ValueError, match="expected counts"):
+        lure.cumulative_error_rate([*errors, 0.5])
 
 
 @given(st.integers(1, 60), st.integers(2, 6), st.sampled_from([1, 2, 7, 10, 15, 40]), seeds)
@@ -821,6 +786,14 @@ def test_a_calibration_error_of_what_is_no_probability_is_refused(wrong):
         lure.expected_calibration_error(wrong(probabilities), torch.zeros(50).long())
 
 
+@pytest.mark.parametrize("labels", [[0], [0, 1, 3], [0, 1, -100], [[0], [1], [2]]])
+def test_a_calibration_error_by_what_are_no_labels_is_refused(labels):
+    with pytest.raises(ValueError, match="expected a class, from 0 to 2, for each of one or more samples"):
+        lure.expected_calibration_error(torch.full((3, 3), 1 / 3), torch.tensor(labels))
+    with pytest.raises(ValueError, match="expected a class"):
+        lure.expected_calibration_error(torch.ones(0, 3), torch.zeros(0).long())
+
+
 def test_calibration_error_has_15_bins_by_default():
     probabilities, labels = torch.rand(50, 3, generator=seeded(1)).softmax(1), torch.zeros(50).long()
     found = [lure.expected_calibration_error(probabilities, labels, *bins) for bins in ((), (15,), (16,))]
@@ -830,9 +803,9 @@ def test_calibration_error_has_15_bins_by_default():
 # ------------------------------------------------------------ Functions that lift out
 SOURCE = ast.parse(Path(lure.__file__).read_text())
 FUNCTIONS = [node.name for node in SOURCE.body if isinstance(node, ast.FunctionDef)]
-SCORING = ["connection_sensitivity", "connections", "gradient_of_sum", "chunks", "evaluating"]
-WITH = {"mega_batches": ["MegaBatch"], "connection_sensitivity": SCORING[1:]}
-WITH["unlearn_"] = [*SCORING, "top_k_mask", "reinitialize_"]
+SCORING = ["cross_entropies", "connections", "gradient_of_sum", "chunks", "evaluating"]
+WITH = {"mega_batches": ["MegaBatch"], "connection_sensitivity": SCORING}
+WITH["unlearn_"] = [*SCORING, "connection_sensitivity", "top_k_mask", "reinitialize_"]
 
 
 def redrawn(reinitialize_):
@@ -864,7 +837,7 @@ def test_a_core_function_works_with_nothing_but_the_imports_and_what_it_calls(na
 
 
 def test_those_are_all_from_unlearning_to_the_metrics():
-    first, last = (FUNCTIONS.index(name) for name in ("unlearn_", "expected_calibration_error"))
+    first, last = (FUNCTIONS.index(name) for name in ("cross_entropies", "expected_calibration_error"))
     assert set(FUNCTIONS[first : last + 1]) == {*USES, *SCORING}
 
 
@@ -1093,10 +1066,13 @@ def test_totals_are_the_sums_over_the_mega_batches_and_the_last_of_them():
     assert lure.totals(rows) == expected | dict(image_passes=300, seconds=4.0)
 
 
+BEST = [([10, 90, 50], 1), ([50, 50, 10], 0), ([0, 0, 0], 0), ([0, 0, 0.5], 2)]
+
+
 @pytest.mark.parametrize(
-    ("accuracies", "chosen"), [([10, 90, 50], 1), ([50, 50, 10], 0), ([0, 0, 0], 0), ([0, 0, 0.5], 2)]
+    ("select", "accuracies", "chosen"), [("last", [], 2), *(("best-val", *b) for b in BEST)]
 )
-def test_learning_ends_with_the_first_of_the_best_epochs_and_tells_its_speed(accuracies, chosen, monkeypatch):
+def test_learning_ends_with_the_chosen_epoch_the_first_of_the_best(select, accuracies, chosen, monkeypatch):
     model, ends, seen = nn.Linear(2, 2), [], iter(accuracies)
 
     def train_epoch(model, *args):
@@ -1107,7 +1083,7 @@ def test_learning_ends_with_the_first_of_the_best_epochs_and_tells_its_speed(acc
     monkeypatch.setattr(lure, "train_epoch_", train_epoch)
     monkeypatch.setattr(lure, "evaluate", lambda *args: dict(accuracy=next(seen)))
     optimizer, index = torch.optim.SGD(model.parameters(), 0.1), torch.zeros(9, dtype=torch.int64)
-    config = lure.Config("digits", select="best-val", epochs=3)
+    config = lure.Config("digits", select=select, epochs=3)
     start = time.perf_counter()
     batch = lure.MegaBatch(index, index, index)
     row = lure.learn_(model, optimizer, pictures(), batch, config, None)
@@ -1211,14 +1187,8 @@ def test_a_run_is_a_function_of_its_seed():
 def test_a_run_yields_after_each_mega_batch_the_rows_so_far_and_what_they_tell():
     yielded = [now["mega_batches"] for now in lure.run(small_config(seed=5), small_data())]
     assert [len(rows) for rows in yielded] == [1, 2] and yielded[0] == yielded[1][:1]
-    rows, totals = yielded[1], lure.totals(yielded[1])
-    assert totals["cer"] == sum(r["test"]["errors"] for r in rows)
-    assert totals["test_accuracy"] == rows[-1]["test"]["accuracy"]
-    assert totals["ece"] == rows[-1]["test"]["ece"]
-    assert [r["image_passes"] for r in rows] == [54, 108] and totals["image_passes"] == 162
-    gap = rows[-1]["train"]["accuracy"] - rows[-1]["val"]["accuracy"]
-    assert totals["generalization_gap"] == pytest.approx(gap)
-    for row in rows:
+    assert [row["image_passes"] for row in yielded[1]] == [54, 108]
+    for row in yielded[1]:
         assert row["test"]["accuracy"] == pytest.approx(100 * (1 - row["test"]["errors"] / 60))
 
 
@@ -1398,24 +1368,6 @@ def test_validation_is_of_all_mega_batches_so_far_under_full_replay_alone(replay
     train = [54, {"full": 108, "buffer": 63, "none": 54}[replay]]
     first, second = validation  # by which the epoch is chosen, too
     assert sizes == [first, train[0], first, 60, second, train[1], second, 60]
-
-
-@pytest.mark.parametrize(("select", "chosen"), [("last", 2), ("best-val", 1)])
-def test_a_mega_batch_ends_with_the_weights_of_the_chosen_epoch(select, chosen, monkeypatch):
-    evaluate, train_epoch, done = lure.evaluate, lure.train_epoch_, []
-
-    def scripted(model, pixels, labels):
-        return evaluate(model, pixels, labels) | dict(accuracy=[10, 90, 50][(len(done) - 1) % 3])
-
-    def counted(*args):
-        done.append(1)
-        return train_epoch(*args)
-
-    monkeypatch.setattr(lure, "evaluate", scripted)
-    yielded, epochs = watched(small_config(select=select, epochs=3, batch_size=16), nothing, counted)
-    for i, now in enumerate(yielded):
-        agrees = [same(now["model"], e.end) for e in epochs[3 * i : 3 * i + 3]]
-        assert agrees == [j == chosen for j in range(3)]
 
 
 @pytest.mark.parametrize("keep_momentum", [False, True])
