@@ -3,8 +3,12 @@
     python baselines.py --method sp --dataset digits --arch small --mega-batches 4 --epochs 10
     python baselines.py --method dash --set alpha=0.3 floor=0.1 --dataset cifar10 --out dash-1.json
 
-Every method has the signature of `lure.lure_`, which tells what it does, and settings of its own; what it
-gets, beside the model, is a `lure.Between`.
+A method is a function of the model, which it changes in place, and of a `lure.Between`, of which most use
+`fresh` alone; what it returns is told by `lure.lure_`. What it takes besides are its settings, each a number
+with a default (see `shrink_and_perturb_`). It works under `torch.no_grad()`, draws from `between.generator`
+on the CPU, and remembers nothing from one call to the next, since a stopped run would go on without it. It
+redraws by a mask, `lure.reinitialize_`, as LURE does, or whole layers, `redraw_layers_`, as a fresh
+network's. To add one, append it to `METHODS`.
 """
 
 import math
@@ -296,7 +300,7 @@ def loss_gradient(model, parameters, images, labels, chunk=64) -> list[Tensor]:
     return lure.gradient_of_sum(model, parameters, lure.chunks(chunk, images, labels), share_of_mean)
 
 
-# ------------------------------------------------------------ All methods, by name
+# ------------------------------------------------------------ All methods; a place is a colour in figures
 METHODS: dict[str, Callable[..., dict[str, Tensor] | None]] = {
     "warm-start": warm_start,
     "llf": later_layer_forgetting_,

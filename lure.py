@@ -40,8 +40,9 @@ ARCHITECTURES = ("auto", "resnet18", "resnet50", "wide_resnet50_2", "small")
 
 
 # ------------------------------------------------------------ Settings: this dataclass is the command line
-def option(default, help, choices=None):
-    return field(default=default, metadata=dict(help=help, choices=choices))
+def option(default, help, choices=None, **words):
+    """A setting; `words` are what argparse gets in place of its type and choices."""
+    return field(default=default, metadata=dict(help=help, choices=choices, words=words))
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Config:
     weight_decay: float = option(1e-4, "weight decay, at least 0")
     gamma: float = option(0.1, "factor on the rate after 40 and 80 percent of the epochs, at least 0")
     select: str = option("last", "epoch whose weights a mega-batch ends with", ("last", "best-val"))
-    keep_momentum: bool = option(False, "let SGD's momentum outlive the mega-batch")
+    keep_momentum: bool = option(False, "let SGD's momentum outlive the mega-batch", action="store_true")
     keep: float = option(0.8, "share of the weights that unlearning keeps, in (0, 1]")
     pi: str = option("learned", "what pi is drawn from; Algorithm 1: seen", ("learned", "seen", "next"))
     pi_fraction: float = option(0.2, "size of pi as a share of what it is drawn from, in (0, 1]")
@@ -550,7 +551,10 @@ class Between(NamedTuple):
 
 
 def lure_(model, between: Between, keep=0.8) -> dict[str, Tensor]:
-    """LURE as the `forget` of `run`: it changes the model in place and returns its mask (True: kept)."""
+    """LURE as the `forget` of `run`: it changes the model in place.
+
+    Returns its mask, parameter name → bool tensor of its shape (True: kept), which is for records alone.
+    """
     images, labels = between.pi
     try:
         return unlearn_(model, images, labels, keep, between.generator)
@@ -717,14 +721,10 @@ def pick_device(name: str) -> torch.device:
 
 def add_settings(parser: argparse.ArgumentParser, settings: type[Config]) -> None:
     for f in fields(settings):
-        kind: dict = dict(type=type(f.default), choices=f.metadata["choices"])
-        if type(f.default) is bool:
-            kind = dict(action="store_true")
-        elif type(f.default) is tuple:
-            kind = dict(nargs="*")
+        words = f.metadata["words"] or dict(type=type(f.default), choices=f.metadata["choices"])
         name = f.name.replace("_", "-")
         text = f"{f.metadata['help']}; default: {f.default}"
-        parser.add_argument(f"--{name}", default=f.default, help=text, **kind)
+        parser.add_argument(f"--{name}", default=f.default, help=text, **words)
 
 
 @contextmanager

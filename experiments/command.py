@@ -24,13 +24,16 @@ def printable(text) -> str:
 def guarded(program: str, call: Callable[[], object]) -> int:
     """Call, with one line instead of a traceback for an error that is the user's to mend.
 
-    Returns 0; 2: a wrong call; 1: wrong data, or a loss not finite; 130: interrupted.
+    Returns 0; 2: a wrong call; 1: wrong data, or a loss not finite; 130: interrupted. With `python -X dev`
+    the traceback is shown.
     """
     if hasattr(sys.stdout, "reconfigure"):  # what its encoding lacks is printed as an escape
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         call()
     except (ValueError, DataError, OSError, FloatingPointError, KeyboardInterrupt) as error:
+        if sys.flags.dev_mode:  # python -X dev
+            raise
         print(f"{program}: {printable(error) or 'interrupted'}", file=sys.stderr)
         if isinstance(error, KeyboardInterrupt):
             return 130

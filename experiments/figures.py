@@ -23,7 +23,7 @@ LINES = ("-", "--", ":", "-.")
 
 def look_of(row: Row, rows: list[Row]) -> dict:
     """Colour and marker by the method, the same in all figures; the line by the options, among its rows."""
-    i = [*METHODS].index(row.method)
+    i = [*METHODS].index(row.method) % len(COLORS)
     place = [other.label for other in rows if other.method == row.method].index(row.label)
     look = dict(color=COLORS[i], marker=MARKERS[i], ls=LINES[place % len(LINES)])
     return look | ({"mfc": "white"} if place else {})

@@ -15,24 +15,23 @@ from typing import NamedTuple
 
 from experiments import tables
 from experiments.claims import primary, verdict
-from experiments.command import guarded
-from experiments.data import DataError
+from experiments.command import DataError, guarded
 from experiments.figures import FIGURES
 from experiments.files import write, write_text
 from experiments.report_tables import (
+    BASELINE_NOTE,
     COLUMNS,
     MAIN,
     MORE,
-    RELEASED,
     Column,
-    differing,
+    options_apart,
     shown_there,
     table,
 )
 from experiments.rows import Row, load_rows, split_measured
 
 RESULTS = Path(__file__).parent.parent / "results"
-SCALES = ("paper", "narrow", "small", "precision")  # its folders, in the overview's order
+SHOWN = ("paper", "narrow", "small", "precision")  # its folders, in the overview's order
 TITLES = {"cifar10": "CIFAR-10", "cifar10-jpeg": "CIFAR-10 (JPEG copy)", "cifar100": "CIFAR-100"}
 TITLES |= {"cifar10-lossless": "CIFAR-10", "cifar100-lossless": "CIFAR-100"}
 TITLES |= {"restricted-imagenet": "Restricted ImageNet", "digits": "Digits"}
@@ -62,7 +61,7 @@ NOTES = {  # above the tables of a scale
     ("narrow", "table1"): "LLF and S&P are not measured at this scale.",
     ("narrow", "figure2"): "All corruptions are made from the JPEG copy of CIFAR-10.",
 }
-PRIMARY = """| Named before the runs | seeds | LURE − warm start over the stream [95 %] | [97.5 %] | verdict |
+NAMED = """| Named before the runs | seeds | LURE − warm start over the stream [95 %] | [97.5 %] | verdict |
 | :--- | :--- | :--- | :--- | :--- |
 """
 CLAIMS = """| The paper's claim | where | tested | difference [95 %] | | intervals |
@@ -90,7 +89,7 @@ def report(out: Path, runs: list[tuple[str, Path]], incomplete: bool = False) ->
     texts = [f"{note}\n"] if note else []
     texts += [part.text for part in parts]
     for head, lines in (
-        (PRIMARY, [part.primary for part in parts]),
+        (NAMED, [part.primary for part in parts]),
         (CLAIMS, [part.claims for part in parts]),
     ):
         if "".join(lines):
@@ -137,7 +136,7 @@ def part_of(out: Path, dataset: str, runs: list, absent: set[Path], incomplete: 
         draw(name, out.with_name(f"{name}-{dataset}.png"), where, measured, printed, others)
     texts = [f"{caption(title, measured, columns)}\n\n{table(measured, columns, printed)}"]
     if any(p["method"] == "warm-start" for p in shown_there(columns, printed)):
-        texts.append(f"{RELEASED}\n")
+        texts.append(f"{BASELINE_NOTE}\n")
     texts += [text for more in MORE.get(name, []) if (text := more(measured))]
     if printed and notes:
         texts.append("".join(f"- In the paper, {note}.\n" for note in notes))
@@ -189,7 +188,7 @@ def caption(title: str, rows: list[Row], columns: list[Column]) -> str:
         "epochs": f"{config['epochs']} epochs each",
         "replay": f"replay {config['replay']}",
     }
-    words = [text for key, text in same.items() if key not in differing(rows)]
+    words = [text for key, text in same.items() if key not in options_apart(rows)]
     sizes = sorted({(r["data"]["train"], r["data"]["test"]) for r in records})
     words += [f"{' or '.join(str(n) for n, _ in sizes)} training and {data['test']} test images"]
     if config["image_size"]:
@@ -210,13 +209,13 @@ def overview(folder: Path) -> str:
     parts = []
     named = []
     claims = []
-    for scale in SCALES:
+    for scale in SHOWN:
         for name in tables.SCALES[scale]:
             path = folder / scale / f"{name}.md"
             if path.exists():
                 rest, _, lines = path.read_text().partition(CLAIMS)
                 claims.append(lines)
-                shown_tables, _, lines = rest.partition(PRIMARY)
+                shown_tables, _, lines = rest.partition(NAMED)
                 named.append(lines.rstrip("\n"))
                 images = sorted(path.parent.glob(f"{name}-*.png"))
                 shown = "".join(f"![{headline(name)}]({scale}/{i.name})\n\n" for i in images)
@@ -228,7 +227,7 @@ def overview(folder: Path) -> str:
     number = f"{len(counts)} tests of claims, by {sum(counts)} intervals."
     introduction = (Path(__file__).parent / "overview.md").read_text()
     lines = "".join(f"{of}\n" for of in named if of)
-    first = f"{PRIMARY}{lines}" if lines else "None of their runs is there.\n"
+    first = f"{NAMED}{lines}" if lines else "None of their runs is there.\n"
     text = f"{introduction}\n{first}\n## The paper's claims\n\n{number}\n\n{CLAIMS}{told}\n" + "\n".join(
         parts
     )

@@ -49,13 +49,13 @@ COLUMNS = {
     "figure4": [Column("ECE, %", ("ece",), paired=True)],
     "figure5": NOISES,
 }
-RELEASED = (
+BASELINE_NOTE = (
     "‡ The paper's baseline. The authors' code trains it without the decay (gamma 1) and LURE with it; the "
     'paper says of the decay that it is "of our method".'
 )
 
 
-def differing(rows: list[Row]) -> list[str]:
+def options_apart(rows: list[Row]) -> list[str]:
     """The options in which these rows differ; of all rows that were read, others may differ in more."""
     return [key for key in rows[0].options if len({str(row.options[key]) for row in rows}) > 1]
 
@@ -64,7 +64,7 @@ def table(rows: list[Row], columns: list[Column], published: list[dict]) -> str:
     """Markdown: the rows, the paper's numbers beside those that they fit best, then what else it has."""
     entries = with_published(rows, shown_there(columns, published))
     printed = {column for column in columns if any(column.printed in p for _, p in entries)}
-    options = differing(rows)
+    options = options_apart(rows)
     head = ["Method", *(key.replace("_", "-") for key in options), "Seeds"]
     for column in columns:
         head += [column.title] + ["paper"] * (column in printed)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from baselines import METHODS
-from experiments.data import DataError
+from experiments.command import DataError
 from experiments.runs import DEFAULTS, PATHS
 
 NAMES = {method: method for method in METHODS}
@@ -83,51 +83,73 @@ def load_record(path: Path, row: str) -> dict:
     """The record of a run of the row, "METHOD OPTION=VALUE ...", with what was measured beside it.
 
     Adds its `path`, the options of the row (`named`) and all that may set it apart from others (`options`).
-    DataError for a file that is no record, or not of that row.
+    ECE is in percent. DataError for a file that is no record, or not of that row.
     """
-
-    def load(file: Path) -> dict:
-        record = json.loads(file.read_text())
-        config = DEFAULTS | {"method": "lure", "set": []} | record["config"]
-        apart = PATHS | {"method", "seed", "classes", "precision"}
-        options = {k: v for k, v in config.items() if k not in apart}
-        return record | {"config": config, "options": options | {"data": record["data"]["sha256"]}}
-
     file = path
     try:
-        record = load(path)
-        (method, *pairs), config, named = row.split(), record["config"], {}
-        for key, _, text in (pair.partition("=") for pair in pairs):
-            key = key.replace("-", "_")
-            named[key] = [text] if key == "set" else type(config[key])(text or True)
-        for key, value in {"method": method, **named}.items():
-            if config[key] != value:
-                raise ValueError(f"it is of {key} {config[key]}")
+        record = with_options(path)
+        record |= {"path": path, "named": named_options(row, record["config"])}
         for suffix, keys in MEASURED.items():
             file = path.with_suffix(suffix)
             if file.exists():
-                measured = load(file)
-                if measured["options"] != record["options"] or measured["config"]["seed"] != config["seed"]:
-                    raise ValueError("it is of another run")
-                record |= {key: measured[key] for key in keys if key in measured}
+                record |= measured_beside(file, record, keys)
         file = path
-        for part in (record["totals"], record):
-            if "ece" in part:
-                part["ece"] *= 100
-        if noisy := record.get("weight_noise"):
-            record["noise_drop"] = {s: noisy["0"] - a for s, a in noisy.items() if s != "0"}
-        by_type = {k: v for k, v in record.get("corruptions", {}).items() if k != "mean"}
-        record["corruption"] = {k: statistics.fmean(v) for k, v in by_type.items()}
-        record |= forgetting_of(record["mega_batches"])
         record["options"]["precision"] = record["precision"]  # that it ran in, whatever the option's word
-        if "keep" not in inspect.signature(METHODS[method]).parameters:
-            record["options"]["keep"] = None
+        return record | derived(record)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = f"no entry {error}" if isinstance(error, KeyError) else error
         raise DataError(f"{file}: expected the record of a run of {row} ({reason})") from error
-    stream = [row["test"]["accuracy"] for row in record["mega_batches"]]
-    record["totals"]["stream_accuracy"] = statistics.fmean(stream)
-    return record | {"path": path, "named": named}
+
+
+def with_options(file: Path) -> dict:
+    """What a file of a run holds, its configuration completed by defaults, and the options out of that."""
+    record = json.loads(file.read_text())
+    config = DEFAULTS | {"method": "lure", "set": []} | record["config"]
+    apart = PATHS | {"method", "seed", "classes", "precision"}
+    options = {key: value for key, value in config.items() if key not in apart}
+    options["data"] = record["data"]["sha256"]
+    if "keep" not in inspect.signature(METHODS[config["method"]]).parameters:
+        options["keep"] = None
+    return record | {"config": config, "options": options}
+
+
+def named_options(row: str, config: dict) -> dict[str, Any]:
+    """The options that the row names, with their values. ValueError if the run is not of them."""
+    method, *pairs = row.split()
+    named: dict[str, Any] = {}
+    for key, _, text in (pair.partition("=") for pair in pairs):
+        key = key.replace("-", "_")
+        if key == "set":
+            named.setdefault("set", []).append(text)
+        else:
+            named[key] = type(config[key])(text or True)
+    for key, value in {"method": method, **named}.items():
+        if config[key] != value:
+            raise ValueError(f"it is of {key} {config[key]}")
+    return named
+
+
+def measured_beside(file: Path, record: dict, keys: tuple[str, ...]) -> dict:
+    """Of a file beside a record, what reports show. ValueError if it is of another run."""
+    measured = with_options(file)
+    if measured["options"] != record["options"] or measured["config"]["seed"] != record["config"]["seed"]:
+        raise ValueError("it is of another run")
+    return {key: measured[key] for key in keys if key in measured}
+
+
+def derived(record: dict) -> dict:
+    """What reports show that records do not hold as such."""
+    rows = record["mega_batches"]
+    stream_accuracy = statistics.fmean(row["test"]["accuracy"] for row in rows)
+    totals = record["totals"] | {"ece": 100 * record["totals"]["ece"], "stream_accuracy": stream_accuracy}
+    found = {"totals": totals} | forgetting_of(rows)
+    if "ece" in record:
+        found["ece"] = 100 * record["ece"]
+    if noisy := record.get("weight_noise"):
+        found["noise_drop"] = {sigma: noisy["0"] - a for sigma, a in noisy.items() if sigma != "0"}
+    by_type = {name: values for name, values in record.get("corruptions", {}).items() if name != "mean"}
+    found["corruption"] = {name: statistics.fmean(values) for name, values in by_type.items()}
+    return found
 
 
 def forgetting_of(rows: list[dict]) -> dict:
@@ -176,11 +198,21 @@ def load_rows(runs: list[tuple[str, Path]]) -> list[Row]:
         told = {k: v for k, v in record["named"].items() if any(other.get(k) != v for other in named)}
         row = Row(method, options, record["named"], [], told)
         row = rows.setdefault(json.dumps([method, options]), row)
+        refuse_other_settings(record, row)
         if twice := [r for r in row.records if r["config"]["seed"] == record["config"]["seed"]]:
             other = twice[0]["path"].name
             raise DataError(f"{record['path']}: expected one run of each kind, {other} is it too")
         row.records.append(record)
     return [*rows.values()]
+
+
+def refuse_other_settings(record: dict, row: Row) -> None:
+    """DataError if the method had other settings in a record of the row; old records do not tell them."""
+    for other in row.records:
+        both = (record.get("settings"), other.get("settings"))
+        if None not in both and both[0] != both[1]:
+            told = f"the settings of {row.method} are {both[0]}, {both[1]} in {other['path'].name}"
+            raise DataError(f"{record['path']}: cannot be compared: {told}")
 
 
 def split_measured(rows: list[Row], paths: list[tuple]) -> tuple[list[Row], list[Row]]:

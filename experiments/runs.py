@@ -4,6 +4,7 @@ Enters: the command line of baselines.py. Leaves: a record (JSON), a checkpoint,
 state after each mega-batch; the same call goes on from it.
 """
 
+import argparse
 import copy
 import glob
 import inspect
@@ -11,7 +12,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -46,6 +47,16 @@ lure.NETWORKS["vgg16_bn"] = vgg16_bn
 
 
 # ------------------------------------------------------------ Settings
+class More(argparse.Action):
+    """An option that adds to what it was given before."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, (*getattr(namespace, self.dest), *values))
+
+
+SET = "the method's own settings, as in --set shrink=0.4 noise=0.1"
+
+
 @dataclass(frozen=True)
 class Config(lure.Config):
     """The settings of `lure.run`, and those of the method, of the data and of the files around it."""
@@ -57,11 +68,11 @@ class Config(lure.Config):
     limit: int = option(0, "training images to use, a stratified choice; 0: all")
     limit_test: int = option(0, "test images to use, a stratified choice; 0: all")
     shots: int = option(0, "training images of each class to use, whatever --limit is; 0: all")
-    generations: bool = option(False, "let every mega-batch be the whole training set")
-    compile: bool = option(False, "train through torch.compile, on a GPU by CUDA graphs")
+    generations: bool = option(False, "let every mega-batch be all training images", action="store_true")
+    compile: bool = option(False, "train through torch.compile, on a GPU by CUDA graphs", action="store_true")
     checkpoint: str = option("", "file for the final weights")
     method: str = option("warm-start", "what to do between mega-batches", tuple(baselines.METHODS))
-    set: tuple[str, ...] = option((), "the method's own settings, as in --set shrink=0.4 noise=0.1")
+    set: tuple[str, ...] = option((), SET, nargs="*", action=More)
 
     def __post_init__(self):
         super().__post_init__()
@@ -71,13 +82,16 @@ class Config(lure.Config):
 LIMITS = dict(image_size=(0, 1024), limit=(0, 1e18), limit_test=(0, 1e18), shots=(0, 1e18))
 
 
-def method(config: Config) -> Method:
-    """The method that is configured, with its settings: numbers with a default. ValueError for any other."""
+def method(config: Config) -> partial:
+    """The method that is configured, with its settings. ValueError for a setting that it has not.
+
+    Settings are what it takes beside model and between, each a number with a default. What may be given is
+    from 1 on for an int, from 0 on for a float; `keep` is given by an option of its own.
+    """
     function = baselines.METHODS[config.method]
-    _model, _between, *parameters = inspect.signature(function).parameters.values()
-    own = {parameter.name: parameter.default for parameter in parameters}
+    own = defaults_of(config.method)
     given: dict = {}
-    if own.pop("keep", None):  # it has an option of its own
+    if own.pop("keep", None):
         given["keep"] = config.keep
     for setting in config.set:
         key, _, text = setting.partition("=")
@@ -92,6 +106,16 @@ def method(config: Config) -> Method:
         if not least <= given[key] <= 1e9:
             raise ValueError(f"--set {setting}: expected a number from {least} to 1e9")
     return partial(function, **given)
+
+
+def defaults_of(name: str) -> dict[str, float]:
+    """The settings of a method and their defaults. TypeError for a default that is no number."""
+    _model, _between, *parameters = inspect.signature(baselines.METHODS[name]).parameters.values()
+    own = {parameter.name: parameter.default for parameter in parameters}
+    for key, default in own.items():
+        if type(default) not in (int, float):
+            raise TypeError(f"{name}: expected a number as default of {key}, got {default}")
+    return own
 
 
 def check_machine(config: Config) -> None:
@@ -150,6 +174,7 @@ def new_record(config: Config, data: Dataset, device: torch.device) -> dict:
     record = dict(format=FORMAT, config=asdict(config), totals={}, mega_batches=[])
     record |= provenance(command_line(config), device, data)
     record["precision"] = lure.pick_precision(config.precision, device)
+    record["settings"] = defaults_of(config.method) | method(config).keywords
     return json.loads(json.dumps(record))
 
 
@@ -163,7 +188,7 @@ def computed(config: Config, forget: Method, data: Dataset, device: torch.device
     rows = state.get("mega_batches", [])
     data, stream = draw_stream(config, data.to(device))
     found: dict = {}
-    observing = observed(forget, data, iter(stream[len(rows) :]), found)
+    observing = observed(forget, found)
     try:
         for state in lure.run(config, data, observing, stream, earlier, wrapper(config)):
             rows = state["mega_batches"]
@@ -176,6 +201,8 @@ def computed(config: Config, forget: Method, data: Dataset, device: torch.device
                 write(state_path, partial(torch.save, record | state))
     except FloatingPointError as error:
         raise FloatingPointError(f"{place(config, len(rows) + 1)}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{place(config, len(rows) + 1)}, {config.method}: {error}") from error
     record["mega_batches"] = rows
     record["totals"] = lure.totals(rows)
     by_first(lambda: read_earlier(config.out, read_record, record))  # another run's, where nothing is held
@@ -208,28 +235,30 @@ def wrapper(config: Config) -> Callable[[nn.Module], nn.Module]:
 NOTHING_FORGOTTEN = dict(redrawn=None, redrawn_by_tensor=None, forgotten=None, reestimated=None)
 
 
-def observed(forget: Method, data: Dataset, learned: Iterator[MegaBatch], found: dict) -> Method:
+def observed(forget: Method, found: dict) -> Method:
     """The method, which also notes in `found` what it redraws and how good the network is right after.
 
     That is noted with batch normalisation's running statistics as they are, and with new ones of the first
-    1000 samples of the mega-batch just learned: the old ones are of weights that are no more. `learned`
-    yields that mega-batch at each call. The network is not touched.
+    1000 samples of the mega-batch just learned: the old ones are of weights that are no more. The network is
+    not touched.
     """
 
-    def look(model):
+    def look(model, data):
         seen = lure.evaluate(model, data.test_images, data.test_labels)
         return {key: seen[key] for key in ("accuracy", "loss")}
 
-    def forget_and_look(model, *between):
-        sample, _ = data.samples(next(learned).new[:1000])
-        before = look(reestimated(model, sample))
-        mask = forget(model, *between)
+    def forget_and_look(model, between):
+        data = between.data
+        *_, learned, _following = between.stream
+        sample, _ = data.samples(learned.new[:1000])
+        before = look(reestimated(model, sample), data)
+        mask = forget(model, between)
         if mask is not None:
-            redrawn = {name: (~m).flatten().double() for name, m in mask.items()}
+            redrawn = {name: (~kept).flatten().double() for name, kept in mask.items()}
             found["redrawn"] = torch.cat([*redrawn.values()]).mean().item()
-            found["redrawn_by_tensor"] = {name: r.mean().item() for name, r in redrawn.items()}
-        found["forgotten"] = look(model)
-        found["reestimated"] = {"before": before, "after": look(reestimated(model, sample))}
+            found["redrawn_by_tensor"] = {name: share.mean().item() for name, share in redrawn.items()}
+        found["forgotten"] = look(model, data)
+        found["reestimated"] = {"before": before, "after": look(reestimated(model, sample), data)}
         return mask
 
     return forget_and_look
@@ -308,6 +337,9 @@ def differing(there: dict, here: dict, keys=(), but=frozenset()) -> list[str]:
 
     old = told(there)
     new = told(here)
+    if "settings" in there and "settings" in here:  # with the method's defaults; old records have none
+        old["settings"] = there["settings"]
+        new["settings"] = here["settings"]
     free = {*PATHS, *but}
     odd = [name for name in old | new if name not in free and old.get(name) != new.get(name)]
     return [f"{name} {old.get(name)}, not {new.get(name)}" for name in odd]
@@ -342,6 +374,9 @@ def finished(config: Config, run: dict) -> dict | None:
     record = read_earlier(config.out, read_record, run)
     if not record or (config.checkpoint and not os.path.exists(config.checkpoint)):
         return None
+    other = record.get("sources") != run["sources"]
+    why = ", though by other code; remove it to run it again" if other else ""
+    print(f"{config.out}: is there, nothing is run{why}", file=sys.stderr)
     tidy(config)
     return record
 

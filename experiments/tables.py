@@ -51,9 +51,9 @@ NOISE = ("", "label-noise=0.2", "label-noise=0.4")
 FORGETTERS = ("warm-start", "ke", "rifle", "llf", "sp", "lure", "random", "dash", "fire", "scratch")
 
 
-def scale(four, buffer: str, long, shots, archs, rates, epochs, besides, compared, whole: str) -> Tables:
-    """All tables, of one part each; those in which 8 mega-batches are not needed have `four`."""
-    metrics = Part(COMPARED)
+def scale(shorter, buffer: str, long, shots, archs, rates, epochs, besides, compared, whole: str) -> Tables:
+    """All tables, of one part each; `shorter`: options of those of which fewer mega-batches are enough."""
+    measured = Part(COMPARED)
     tables = {
         "table1": Part(COMPARED, besides=besides),
         "table2": Part(COMPARED, (buffer,)),
@@ -62,15 +62,15 @@ def scale(four, buffer: str, long, shots, archs, rates, epochs, besides, compare
         "table5": Part(PAPER, shots),
         "table6": Part(compared, archs),
         "table7": Part(besides=SHARES),
-        "table8": Part(CRITERIA, (four,)),
-        "table9": Part(PAPER, with_each(four, NOISE)),
-        "figure2": metrics,
-        "figure3": metrics._replace(also="table9"),
-        "figure4": metrics,
-        "figure5": metrics,
-        "figure6": Part(compared, with_each(four, rates)),
-        "where-from": Part(("warm-start", "lure", "random", "scratch"), with_each(four, RECIPES)),
-        "cost": Part(("warm-start", "lure", "sp", "scratch"), with_each(four, epochs)),
+        "table8": Part(CRITERIA, (shorter,)),
+        "table9": Part(PAPER, with_each(shorter, NOISE)),
+        "figure2": measured,
+        "figure3": measured._replace(also="table9"),
+        "figure4": measured,
+        "figure5": measured,
+        "figure6": Part(compared, with_each(shorter, rates)),
+        "where-from": Part(("warm-start", "lure", "random", "scratch"), with_each(shorter, RECIPES)),
+        "cost": Part(("warm-start", "lure", "sp", "scratch"), with_each(shorter, epochs)),
         "forgetting": Part(COMPARED, besides=("fisher", "magnitude", "random")),
         "generations": Part(FORGETTERS, ("generations",), besides=(f"warm-start generations {whole}",)),
     }
@@ -81,7 +81,7 @@ def scale(four, buffer: str, long, shots, archs, rates, epochs, besides, compare
 GRID = [f"{lr} {decay}".strip() for decay in ("", "weight-decay=0.0005", "weight-decay=0.001") for lr in
         ("", "lr=0.05", "lr=0.01", "lr=0.005")]  # fmt: skip
 PAPERS = scale(
-    four="mega-batches=4",
+    shorter="mega-batches=4",
     buffer="replay=buffer",
     long=("mega-batches=25", "mega-batches=50", "mega-batches=100"),
     shots=with_each("arch=resnet50 shots=270", ("mega-batches=30", "mega-batches=70")),
@@ -95,7 +95,7 @@ PAPERS = scale(
 # What two CPU cores do in two or three hours. The sizes are such that epochs end with whole batches: of 284
 # images 28 are for validation and 256 are four batches; 275 less 28, and 8 from the buffer, are four but one.
 SMALL = scale(
-    four="mega-batches=4 limit=1136",
+    shorter="mega-batches=4 limit=1136",
     buffer="replay=buffer buffer-size=8 limit=2200",
     long=("limit=1420 mega-batches=10", "limit=1420 mega-batches=20"),
     shots=("shots=27 epochs=20 mega-batches=5", "shots=27 epochs=20 mega-batches=10"),
@@ -110,10 +110,10 @@ SMALL = scale(
 for name in ("table4", "table6", "figure6", "cost"):
     SMALL[name] = (SMALL[name][0]._replace(seeds="1"),)
 
-# The paper's protocol but for the width of the network; a run takes one to three hours. RELEASED: the
+# The paper's protocol but for the width of the network; a run takes one to three hours. AS_RELEASED: the
 # baseline and LURE as the authors' code trains them, and that baseline with LURE's schedule.
 HOW = "select=best-val keep-momentum"
-RELEASED = (f"warm-start gamma=1 {HOW}", f"warm-start {HOW}", f"released {HOW} pi=next pi-fraction=0.0178")
+AS_RELEASED = (f"warm-start gamma=1 {HOW}", f"warm-start {HOW}", f"released {HOW} pi=next pi-fraction=0.0178")
 JPEG = Part(options=("replay=none",), dataset="cifar10-jpeg")
 CIFAR100 = Part(options=("replay=none",), dataset="cifar100-lossless")
 FULL = Part(("warm-start", "lure", "scratch"), dataset="cifar10-lossless")
@@ -121,7 +121,7 @@ WITH_METRICS = (JPEG._replace(methods=("warm-start", "warm-start gamma=1", "lure
 UNSEEN = JPEG._replace(methods=("warm-start", "lure"), seeds="4567")
 NONE = (
     JPEG._replace(methods=("warm-start", "warm-start gamma=1", "lure", "llf", "sp", "scratch")),
-    JPEG._replace(methods=("lure gamma=1", *RELEASED)),
+    JPEG._replace(methods=("lure gamma=1", *AS_RELEASED)),
     UNSEEN,
     JPEG._replace(methods=("llf", "sp"), seeds="45"),
 )
@@ -129,7 +129,7 @@ NARROW: Tables = {
     "table1": (FULL,),
     "table3": (*NONE, CIFAR100._replace(methods=("warm-start", "warm-start gamma=1", "lure"))),
     "where-from": (
-        JPEG._replace(methods=("warm-start", "warm-start gamma=1", "lure", "lure gamma=1", *RELEASED)),
+        JPEG._replace(methods=("warm-start", "warm-start gamma=1", "lure", "lure gamma=1", *AS_RELEASED)),
     ),
     "forgetting": (*NONE, FULL),
     "figure2": WITH_METRICS,
@@ -187,7 +187,7 @@ def own(name: str, asked: argparse.Namespace) -> list[Run]:
 
 
 def rows_of(parts: list[Part], asked: argparse.Namespace) -> list[str]:
-    """Those of the parts, each once; of asked methods the rows that these would have there."""
+    """The rows of the parts, each once; of asked methods, each with the options of every part."""
     methods = [method.replace("+", " ") for method in asked.methods]
     rows: list[str] = []
     for part in parts:
@@ -201,7 +201,11 @@ def rows_of(parts: list[Part], asked: argparse.Namespace) -> list[str]:
 
 
 def parts_of(name: str, dataset: str, asked: argparse.Namespace) -> list[Part]:
-    """The parts of a table for a data set: those that name it or a copy of it, else those of the first."""
+    """The parts of a table for a data set.
+
+    Those that name it; if there are none, those that name a copy of it, as cifar10-jpeg is one of cifar10;
+    else those of the data set that comes first.
+    """
     parts = SCALES[asked.scale][name]
     for fits in (
         lambda part: part.dataset == dataset,

@@ -232,6 +232,9 @@ def test_report_refuses_what_cannot_be_compared(folder, tmp_path):
     path = copy(folder, tmp_path, "h") / "lure-2.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"precision": "float16"}))
     refused("h", "precision is", "float16")
+    path = copy(folder, tmp_path, "m") / "lure-2.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"settings": {"keep": 0.5}}))
+    refused("m", "cannot be compared: the settings of lure are {'keep': 0.5}, {'keep': 0.8} in lure-1.json")
     (copy(folder, tmp_path, "e") / "lure-3.json").write_text("{")
     refused("e", "lure-3.json: expected the record of a run of lure")
     path = copy(folder, tmp_path, "f") / "lure-1.json"

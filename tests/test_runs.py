@@ -18,6 +18,7 @@ import time
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -69,7 +70,7 @@ def test_the_two_command_lines_measure_the_same_at_one_seed():
 
 def test_the_record_says_what_was_measured_and_where_it_comes_from(tmp_path, capsys):
     out, weights = tmp_path / "new" / "x.json", tmp_path / "deep" / "x.pt"
-    words = ["--method", "sp", "--set", "noise=0.1", "--keep-momentum", "--seed", "5"]
+    words = ["--method", "sp", "--set", "shrink=0.5", "--keep-momentum", "--seed", "5", "--set", "noise=0.1"]
     assert baselines.main([*SMALL, *words, "--out", str(out), "--checkpoint", str(weights)]) == 0
     record = strict(out.read_text())
     assert strict(capsys.readouterr().out) == record["totals"] == lure.totals(record["mega_batches"])
@@ -78,7 +79,8 @@ def test_the_record_says_what_was_measured_and_where_it_comes_from(tmp_path, cap
     runs.lure.add_settings(parser := Parser(), runs.Config)
     config = asdict(runs.Config(**vars(parser.parse_args(given))))
     assert (python, script, given[0]) == ("python", "baselines.py", "--dataset")
-    assert config == record["config"] and config["set"] == ["noise=0.1"] and config["arch"] == "small"
+    assert strict(json.dumps(config)) == record["config"] and config["arch"] == "small"
+    assert config["set"] == ("shrink=0.5", "noise=0.1") and record["settings"] == dict(shrink=0.5, noise=0.1)
     assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?", record["git_commit"] or 40 * "0")
     assert record["versions"]["torch"] == torch.__version__ and record["processes"] == 1
     assert record["threads"] == torch.get_num_threads()
@@ -88,7 +90,7 @@ def test_the_record_says_what_was_measured_and_where_it_comes_from(tmp_path, cap
     content += small_data().test_labels.numpy().tobytes()
     assert record["data"] == dict(train=120, test=60, sha256=hashlib.sha256(content).hexdigest())
     assert timeless(record["mega_batches"]) == timeless(
-        recorded(method="sp", set=["noise=0.1"], keep_momentum=True, seed=5)["mega_batches"]
+        recorded(method="sp", set=config["set"], keep_momentum=True, seed=5)["mega_batches"]
     )
 
 
@@ -201,9 +203,42 @@ def test_a_finished_run_is_read_and_not_repeated(tmp_path, capsys, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(lure, "train_epoch_", lambda *args: pytest.fail("trained again"))
         assert baselines.main([*call, "--cache", "elsewhere", "--device", "cpu"]) == 0
-    assert capsys.readouterr() == (printed, "") and contents() == files
+        assert (
+            capsys.readouterr() == (printed, "run.json: is there, nothing is run\n") and contents() == files
+        )
+        Path("run.json").write_text(json.dumps(strict(Path("run.json").read_text()) | {"sources": "other"}))
+        assert baselines.main(call) == 0
+        assert (
+            "run.json: is there, nothing is run, though by other code; remove it" in capsys.readouterr().err
+        )
     Path("run.pt").unlink()
     assert baselines.main(call) == 0 and Path("run.pt").exists()
+
+
+def test_a_method_with_other_defaults_is_another_run(tmp_path, capsys, monkeypatch):
+    call = ["--method", "sp", "--out", str(tmp_path / "run.json")]
+    assert baselines.main([*SMALL, *call]) == 0
+    other = lambda model, between, shrink=0.3, noise=0.001: None  # noqa: E731
+    monkeypatch.setitem(baselines.METHODS, "sp", other)
+    refused(capsys, 2, "settings {'shrink': 0.4, 'noise': 0.001}, not {'shrink': 0.3", argv=call)
+
+
+def test_an_error_of_a_method_says_where_and_dev_mode_shows_it(tmp_path, capsys, monkeypatch):
+    def broken(model, between):
+        raise ValueError("no such layer")
+
+    monkeypatch.setitem(baselines.METHODS, "sp", broken)
+    refused(capsys, 2, "mega-batch 1 of 2, sp: no such layer", argv=["--method", "sp"])
+    dev_mode = SimpleNamespace(flags=SimpleNamespace(dev_mode=True), stdout=sys.stdout)
+    monkeypatch.setattr("experiments.command.sys", dev_mode)
+    with pytest.raises(ValueError, match="no such layer"):
+        baselines.main([*SMALL, "--method", "sp"])
+
+
+def test_a_setting_whose_default_is_no_number_is_the_developers_to_mend(monkeypatch):
+    monkeypatch.setitem(baselines.METHODS, "sp", lambda model, between, layer="fc": None)
+    with pytest.raises(TypeError, match="sp: expected a number as default of layer, got fc"):
+        runs.method(runs.Config(method="sp"))
 
 
 def test_a_file_of_another_run_is_never_overwritten(tmp_path, capsys):
@@ -738,4 +773,4 @@ def test_any_command_line_works_or_is_refused_in_one_line(good, bad):
             assert err == "" and out.count("\n") == 1 and Path(given.get("--checkpoint", "")).exists()
             if given["--out"]:
                 assert strict(Path(given["--out"]).read_text())["totals"] == strict(out)
-                assert ended(argv) == (0, out, "")  # read, not run again
+                assert ended(argv) == (0, out, f"{given['--out']}: is there, nothing is run\n")
