@@ -60,12 +60,10 @@ def test_make_lists_its_targets(checkout):
 
 
 def test_make_demo_at_a_reduced_size(checkout):
-    done = make(
-        checkout, "demo", "METHODS=warm-start lure fire", "ARGS=--epochs 1 --limit 200 --limit-test 50"
-    )
+    done = make(checkout, "demo", "METHODS=warm-start lure", "ARGS=--epochs 1 --limit 200 --limit-test 50")
     assert done.returncode == 0, done.stderr
     rows = [line.split("|")[1].strip() for line in done.stdout.splitlines() if line.startswith("|")]
-    assert rows[2:] == ["Warm start", "LURE", "FIRE"] and "img/s" not in done.stdout
+    assert rows[2:] == ["Warm start", "LURE"] and "img/s" not in done.stdout
     assert (checkout / "demo" / "demo-digits.png").stat().st_size > 10_000
     assert not (checkout / ".venv").exists()
 
@@ -187,10 +185,8 @@ def test_make_runs_what_is_missing_and_nothing_else(checkout):
     assert make(checkout, *words).returncode == 0
     files = sorted((checkout / "out" / "digits").glob("*-?.json"))
     assert [f.name for f in files] == ["sp-1.json", "sp-2.json"]
-    times = {f: f.stat().st_mtime_ns for f in files}
     files[1].unlink()
-    assert make(checkout, *words).returncode == 0
-    assert [f for f in files if f.stat().st_mtime_ns != times[f]] == [files[1]]
+    assert [*planned(checkout, *words)[0]] == ["out/digits/sp-2.json"]
 
 
 def test_make_measures_checkpoints_and_makes_them_again_where_they_are_gone(checkout):
@@ -199,13 +195,12 @@ def test_make_measures_checkpoints_and_makes_them_again_where_they_are_gone(chec
     assert make(checkout, *words).returncode == 0
     record, measured = (checkout / "out" / "digits" / f"lure-1{end}" for end in (".json", ".metrics.json"))
     assert (checkout / "out" / "figure4-digits.png").exists()
-    before = json.loads(measured.read_text())["ece"]
     record.with_suffix(".pt").unlink()
     runs, text = planned(checkout, *words)
     assert not runs and "evaluate.py" not in text  # what was measured of it is still there
     measured.unlink()
-    assert make(checkout, *words).returncode == 0
-    assert json.loads(measured.read_text())["ece"] == before
+    runs, text = planned(checkout, *words)
+    assert [*runs] == ["out/digits/lure-1.json"] and text.count("evaluate.py out/digits/lure-1.pt") == 1
 
 
 def test_every_planned_run_is_a_call_that_baselines_takes():
