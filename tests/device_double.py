@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 import baselines
+import evaluate
 import lure
 from experiments import runs
 
@@ -44,10 +45,13 @@ class Misplaced(Exception):
 class Card(Tensor):
     """A tensor of the device; `held` has its values."""
 
+    refused: ClassVar[torch.dtype | None] = None  # what the device cannot compute in
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
     def __new__(cls, held):
+        if held.dtype == cls.refused:
+            raise TypeError(f"there is no {held.dtype} on this device")
         like = dict(strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype)
         return cls._make_wrapper_subclass(cls, held.shape, **like, device=f"{CARD}:0")
 
@@ -163,6 +167,30 @@ def states(data, method="lure", state=None, **changes):
     return [tree_map_only(Tensor, lambda x: x.to("cpu", copy=True), timeless(state)) for state in run]
 
 
+def lifted(data) -> list:
+    """What functions that people copy give on the device of the data."""
+    model = lure.build_model("small", data, torch.Generator().manual_seed(1))
+    images, labels = data.samples(torch.arange(40, device=data.labels.device))
+    mask = lure.unlearn_(model, images, labels, generator=torch.Generator().manual_seed(2))
+    probabilities = evaluate.predict(model, images).softmax(1)
+    ece = lure.expected_calibration_error(probabilities, labels)
+    kept = {name: m.cpu() for name, m in mask.items()}
+    return [kept, ece, evaluate.accuracy(model, images, labels)]
+
+
+def without_float64(data) -> bool:
+    """Whether they do on a device that has none, as Apple's MPS."""
+    with Watch():
+        Card.refused = torch.float64
+        try:
+            data.to(CARD).images.double()
+        except TypeError:
+            return equal(lifted(data.to(CARD)), lifted(data))
+        finally:
+            Card.refused = None
+    return False
+
+
 def equal(a, b) -> bool:
     pairs = zip(tree_leaves(a), tree_leaves(b), strict=True)
     return all(torch.equal(x, y) if isinstance(x, Tensor) else x == y for x, y in pairs)
@@ -199,6 +227,7 @@ def main():
     whole = states(data, **more)
     with Watch():
         result["resumed"] = equal(states(data.to(CARD), state=whole[0], **more), whole[1:])
+    result["without float64"] = without_float64(data)
     mistakes = {name: noticed(data, *mistake) for name, mistake in MISTAKES.items()}
     print(json.dumps(dict(equal=result, waits=watch.waits, mistakes=mistakes), indent=1))
 

@@ -24,7 +24,7 @@ def told():
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("run", [*baselines.METHODS, "resumed"])
+@pytest.mark.parametrize("run", [*baselines.METHODS, "resumed", "without float64"])
 def test_on_another_device_than_the_processor_a_run_has_the_same_bits(run, told):
     assert told["equal"][run]
 
