@@ -40,6 +40,8 @@ demo: $(READY)  ## LURE, warm start, S&P and scratch on scikit-learn's digits: a
 	$(call plan,demo,demo,$(if $(filter -j%,$(MAKEFLAGS)),,-j$$(getconf _NPROCESSORS_ONLN)))
 reproduce-%: $(READY)
 	$(call plan,$*)
+table% figure%:
+	@echo "$@: expected reproduce-$@; make without a target lists all" >&2; exit 2
 where-from: $(READY)  ## where the gain comes from: the method, the schedule or the choice of the epoch
 cost: $(READY)  ## accuracy and cumulative error against image passes
 forgetting: $(READY)  ## accuracy before and right after forgetting, and after relearning; which layers are redrawn
@@ -81,6 +83,6 @@ lint: $(READY)  ## ruff: check and format; mypy: the signatures
 	"$(PYTHON)" -m ruff format --check .
 	"$(PYTHON)" -m mypy
 bench: $(READY)  ## the loop beside a plain one: images/s, TFLOP/s, memory, cost of unlearning
-	"$(PYTHON)" -m experiments.bench --out "$(or $(value OUT),results/bench)" $(ARGS)
+	"$(PYTHON)" -m experiments.bench --out "$(or $(value OUT),runs/bench)" $(ARGS)
 clean:  ## remove what the demo made, caches and the environment
 	rm -rf demo .cache .venv .venv-oldest mutants .coverage* .*_cache .hypothesis __pycache__ */__pycache__

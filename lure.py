@@ -551,7 +551,7 @@ class Between(NamedTuple):
 
 
 def lure_(model, between: Between, keep=0.8) -> dict[str, Tensor]:
-    """LURE as the `forget` of `run`: it changes the model in place.
+    """LURE (section 3), as the `forget` of `run`: redraw the weights of the smallest connection sensitivity.
 
     Returns its mask, parameter name → bool tensor of its shape (True: kept), which is for records alone.
     """
@@ -602,8 +602,13 @@ def draw_pi(config, data: Dataset, batch: MegaBatch, next_batch: MegaBatch, gene
     return data.samples(source[order[:size].to(source.device)])
 
 
+def in_percent(measured: dict) -> dict:
+    """What `evaluate` returns, as records have it: ECE in percent."""
+    return measured | dict(ece=100 * measured["ece"])
+
+
 def totals(rows: list[dict]) -> dict:
-    """The paper's metrics of a run, accuracy and gap (section 4) in percent, and its cost."""
+    """The paper's metrics of a run, accuracy, gap (section 4) and ECE in percent, and its cost."""
     last = rows[-1]
     return dict(
         test_accuracy=last["test"]["accuracy"],
@@ -651,9 +656,9 @@ def run(config: Config, data: Dataset, forget=None, stream=None, state=None, wra
         if not config.keep_momentum:
             optimizer.state.clear()  # the momentum
         # Evaluate.
-        row["train"] = evaluate(model, data.images[batch.train], data.labels[batch.train])
-        row["val"] = evaluate(model, data.images[batch.val], data.labels[batch.val])
-        row["test"] = evaluate(model, data.test_images, data.test_labels)
+        row["train"] = in_percent(evaluate(model, data.images[batch.train], data.labels[batch.train]))
+        row["val"] = in_percent(evaluate(model, data.images[batch.val], data.labels[batch.val]))
+        row["test"] = in_percent(evaluate(model, data.test_images, data.test_labels))
         rows = [*rows, row]  # a new list: the yielded states keep theirs
         # Unlearn, if anything follows.
         if i + 1 < len(stream):
@@ -723,7 +728,7 @@ def add_settings(parser: argparse.ArgumentParser, settings: type[Config]) -> Non
     for f in fields(settings):
         words = f.metadata["words"] or dict(type=type(f.default), choices=f.metadata["choices"])
         name = f.name.replace("_", "-")
-        text = f"{f.metadata['help']}; default: {f.default}"
+        text = f"{f.metadata['help']}; default: {f.default}" if f.default else f.metadata["help"]
         parser.add_argument(f"--{name}", default=f.default, help=text, **words)
 
 
@@ -748,7 +753,8 @@ def new_file(path: str) -> Iterator[TextIO]:
 
 def main(argv=None) -> None:
     """The command line: a line for each mega-batch on stderr, then the totals. An error is one line."""
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, allow_abbrev=False)
+    about = (__doc__ or "").split("\n")[0] + " Usage: python lure.py [--OPTION VALUE ...]"
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=about, allow_abbrev=False)
     add_settings(parser, Config)
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         parser.error("for several processes: torchrun baselines.py --method lure")
@@ -764,6 +770,10 @@ def main(argv=None) -> None:
             if file:
                 json.dump(record, file, indent=1)
         print(json.dumps(record["totals"]))
+    except KeyboardInterrupt:
+        parser.exit(
+            130, f"{parser.prog}: interrupted; baselines.py --method lure goes on with a stopped run\n"
+        )
     except (ValueError, OSError, FloatingPointError) as error:
         parser.exit(2 if isinstance(error, ValueError) else 1, f"{parser.prog}: {error}\n")
 

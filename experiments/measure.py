@@ -52,7 +52,7 @@ def clean_metrics(model, data: Dataset, config: runs.Config, sigmas) -> dict:
     probabilities = predict(model, test_x).softmax(1)
     bins = reliability_bins(probabilities, test_y)
     result: dict = {"accuracy": 100 * probabilities.argmax(1).eq(test_y).double().mean().item()}
-    result["ece"] = expected_calibration_error(probabilities, test_y)
+    result["ece"] = 100 * expected_calibration_error(probabilities, test_y)
     result["reliability"] = {name: values.tolist() for name, values in bins.items()}
     # With noise on its weights.
     noisy = weight_noise_accuracy(model, train_x, train_y, sigmas, generator=generator)
@@ -132,7 +132,7 @@ def metrics(path: Path, args: argparse.Namespace) -> dict:
     if data.classes != checkpoint["classes"]:
         raise DataError(f"{path}: expected to have been trained on the classes of {config.data}")
     settings = checkpoint["config"] | {"classes": data.classes}
-    result = {"config": json.loads(json.dumps(settings))}
+    result: dict = {"format": runs.FORMAT, "config": json.loads(json.dumps(settings))}
     result |= provenance(["evaluate.py", *args.argv], device, data)
     refuse_other_data(path, checkpoint, result["data"], config.data)
     kind = "corruptions" if args.corruptions else "attack" if args.attack else "metrics"

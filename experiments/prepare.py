@@ -11,6 +11,7 @@ import shlex
 import sys
 from dataclasses import asdict
 from functools import cache
+from pathlib import Path
 
 import lure
 from experiments import runs, tables
@@ -28,6 +29,8 @@ def prepare(asked: argparse.Namespace) -> None:
     paths, also = planned_files(asked)
     missing = [path for path in (*paths.values(), *also) if not os.path.exists(path)]
     to_run = bool(missing) and not asked.incomplete
+    if not asked.incomplete:
+        print(how_many(asked, [*paths.values()]))
     if to_run:
         refuse_what_was_not_given(asked, paths, missing)
     told = False
@@ -40,6 +43,25 @@ def prepare(asked: argparse.Namespace) -> None:
             told = told or data is None
     if told:
         print("From the records alone, which are not compared with the data: DATA=<folder> does that.")
+
+
+def how_many(asked: argparse.Namespace, paths: list[str]) -> str:
+    """How many runs there are and how many are missing, and about how long these take."""
+    missing = [path for path in paths if not os.path.exists(path)]
+    text = f"{' '.join(asked.tables)}: {len(paths)} runs, {len(paths) - len(missing)} of them in {asked.out}"
+    if not missing:
+        return text
+    known = {}
+    for path in missing:
+        committed = Path("results", asked.scale, *Path(path).parts[-2:])
+        if committed.exists() and not asked.args:
+            known[path] = json.loads(committed.read_text())
+    text += f"; {len(missing)} to run"
+    if known:
+        hours = sum(record["totals"]["seconds"] for record in known.values()) / 3600
+        devices = sorted({record["device"] for record in known.values()})
+        text += f", of which {len(known)} took {hours:.1f} hours one after the other on {', '.join(devices)}"
+    return text
 
 
 def refuse_what_was_not_given(asked: argparse.Namespace, paths: dict[Run, str], missing: list[str]) -> None:

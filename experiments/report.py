@@ -29,6 +29,7 @@ from experiments.report_tables import (
     table,
 )
 from experiments.rows import Row, load_rows, split_measured
+from experiments.runs import differing
 
 RESULTS = Path(__file__).parent.parent / "results"
 SHOWN = ("paper", "narrow", "small", "precision")  # its folders, in the overview's order
@@ -70,11 +71,12 @@ CLAIMS = """| The paper's claim | where | tested | difference [95 %] | | interva
 
 
 # ------------------------------------------------------------ Reports
-def report(out: Path, runs: list[tuple[str, Path]], incomplete: bool = False) -> str:
+def report(out: Path, runs: list[tuple[str, Path]], scale: str, incomplete: bool = False) -> str:
     """Write `out`, a table of runs beside the paper's of its name, and its figure, NAME-DATASET.png.
 
     `runs`: for each its row, "METHOD OPTION=VALUE ...", and its record, in a folder named after the data set.
     If it may be incomplete, runs that are not there are named in it, and with none there nothing is written.
+    Runs elsewhere than in results/ stand beside those there of the same name.
     """
     if not runs:
         raise DataError("expected records of runs; found none")
@@ -82,12 +84,13 @@ def report(out: Path, runs: list[tuple[str, Path]], incomplete: bool = False) ->
     parts: list[Part] = []
     for dataset in dict.fromkeys(path.resolve().parent.name for _, path in runs if path not in absent):
         of_dataset = [run for run in runs if run[1].resolve().parent.name == dataset]
-        parts += part_of(out, dataset, of_dataset, absent, incomplete)
+        parts += part_of(out, dataset, of_dataset, absent, scale, incomplete)
     if not parts:
         return f"nothing has been measured yet for {out.stem}"
-    note = NOTES.get((out.resolve().parent.name, out.stem))
+    note = NOTES.get((scale, out.stem))
     texts = [f"{note}\n"] if note else []
     texts += [part.text for part in parts]
+    texts += beside_committed([path for _, path in runs if path not in absent], RESULTS / scale)
     for head, lines in (
         (NAMED, [part.primary for part in parts]),
         (CLAIMS, [part.claims for part in parts]),
@@ -107,10 +110,11 @@ class Part(NamedTuple):
     claims: str
 
 
-def part_of(out: Path, dataset: str, runs: list, absent: set[Path], incomplete: bool) -> list[Part]:
+def part_of(
+    out: Path, dataset: str, runs: list, absent: set[Path], scale: str, incomplete: bool
+) -> list[Part]:
     """A data set's part of a report, whose figure it draws; none if nothing is there and that may be."""
     name = out.stem
-    scale = out.resolve().parent.name
     title = TITLES.get(dataset, dataset)
     columns = COLUMNS.get(name, MAIN)
     paper = json.loads((RESULTS / "paper.json").read_text())
@@ -151,6 +155,28 @@ def part_of(out: Path, dataset: str, runs: list, absent: set[Path], incomplete: 
         if claim["table"] == name and (result := verdict(claim, rows)):
             claims.append(line(claim["claim"], where, f"{scale}, {title}", *map(str, result)))
     return [Part("\n".join(texts), "".join(named), "".join(claims))]
+
+
+def beside_committed(paths: list[Path], folder: Path) -> list[str]:
+    """A table of the runs and of those of the same name in the folder of results; none if they are these."""
+    lines = []
+    for path in paths:
+        other = folder / path.resolve().parent.name / path.name
+        if other.resolve() == path.resolve() or not other.exists():
+            continue
+        here, there = (json.loads(file.read_text()) for file in (path, other))
+        if odd := differing(there, here):
+            told = ("–", f"not compared: {odd[0]} here")
+        else:
+            accuracies = [record["totals"]["test_accuracy"] for record in (here, there)]
+            told = (f"{accuracies[0] - accuracies[1]:+.2f}", f"{there['device']}, {there['precision']}")
+        both = [f"{record['totals']['test_accuracy']:.2f}" for record in (here, there)]
+        lines.append(line(f"{path.parent.name}/{path.stem}", *both, *told))
+    if not lines:
+        return []
+    head = line("Run", "here, %", "committed, %", "difference", "committed on")
+    text = "Your runs beside the committed ones of the same options, seed and data, by final test accuracy:"
+    return [f"{text}\n\n{head}| :--- | ---: | ---: | ---: | :--- |\n{''.join(lines)}"]
 
 
 def published(paper: dict, name: str, dataset: str) -> tuple[list[dict], list[str]]:
@@ -247,7 +273,7 @@ def main(argv=None) -> int:
         for name in asked.tables:
             runs = [(run.row, Path(run.path(asked.out))) for run in tables.planned(name, asked)]
             out = Path(asked.out) / f"{name}.md"
-            print(report(out, runs, asked.incomplete), out, sep="\n")
+            print(report(out, runs, asked.scale, asked.incomplete), out, sep="\n")
 
     return guarded("report.py", call)
 

@@ -110,7 +110,13 @@ def with_options(file: Path) -> dict:
     options["data"] = record["data"]["sha256"]
     if "keep" not in inspect.signature(METHODS[config["method"]]).parameters:
         options["keep"] = None
-    return record | {"config": config, "options": options}
+    record |= {"config": config, "options": options}
+    if record.get("format", 0) < 2:  # ECE was a fraction
+        if "ece" in record:
+            record["ece"] *= 100
+        if "totals" in record:
+            record["totals"]["ece"] *= 100
+    return record
 
 
 def named_options(row: str, config: dict) -> dict[str, Any]:
@@ -141,10 +147,8 @@ def derived(record: dict) -> dict:
     """What reports show that records do not hold as such."""
     rows = record["mega_batches"]
     stream_accuracy = statistics.fmean(row["test"]["accuracy"] for row in rows)
-    totals = record["totals"] | {"ece": 100 * record["totals"]["ece"], "stream_accuracy": stream_accuracy}
-    found = {"totals": totals} | forgetting_of(rows)
-    if "ece" in record:
-        found["ece"] = 100 * record["ece"]
+    found: dict = {"totals": record["totals"] | {"stream_accuracy": stream_accuracy}}
+    found |= forgetting_of(rows)
     if noisy := record.get("weight_noise"):
         found["noise_drop"] = {sigma: noisy["0"] - a for sigma, a in noisy.items() if sigma != "0"}
     by_type = {name: values for name, values in record.get("corruptions", {}).items() if name != "mean"}

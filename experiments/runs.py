@@ -95,6 +95,8 @@ def method(config: Config) -> partial:
         given["keep"] = config.keep
     for setting in config.set:
         key, _, text = setting.partition("=")
+        if key == "keep" and key in given:
+            raise ValueError(f"--set {setting}: expected --keep")
         if key not in own:
             raise ValueError(f"--set {setting}: {config.method} has {', '.join(own) or 'no settings'}")
         kind = type(own[key])
@@ -118,6 +120,16 @@ def defaults_of(name: str) -> dict[str, float]:
     return own
 
 
+def methods_and_settings() -> str:
+    """One line for each method: its name, what it is, its settings with their defaults."""
+    lines = ["methods, and what --set gives them:"]
+    for name, function in baselines.METHODS.items():
+        own = [f"{key}={default}" for key, default in defaults_of(name).items() if key != "keep"]
+        what = (inspect.getdoc(function) or "").split("\n")[0]
+        lines.append(f"  {name:12}{what} {' '.join(own)}".rstrip())
+    return "\n".join(lines)
+
+
 def check_machine(config: Config) -> None:
     """ValueError for what this machine has not."""
     lure.pick_device(config.device)
@@ -128,7 +140,9 @@ def check_machine(config: Config) -> None:
 
 def main(argv: list[str] | None, description: str) -> int:
     """The command line of baselines.py, in each process. Its status is that of `guarded`."""
-    parser = Parser(description=description, allow_abbrev=False)
+    usage = "%(prog)s --method METHOD [--OPTION VALUE ...]"
+    parser = Parser(usage=usage, description=description, epilog=methods_and_settings(), allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     lure.add_settings(parser, Config)
 
     def call():
@@ -319,7 +333,7 @@ def check_feasible(config: Config, data: Dataset) -> None:
 
 
 # ------------------------------------------------------------ Record and state
-FORMAT = 1  # of both
+FORMAT = 2  # of both; before, ECE was a fraction
 DEFAULTS = {f.name: f.default for f in fields(Config)}  # for options that an old record lacks
 PATHS = {"data", "cache", "out", "checkpoint", "device"}  # where things are: no two runs differ by these
 # Beside configuration and data, what has to be as it was for a run to be continued to the same result.

@@ -244,12 +244,18 @@ def arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--incomplete", action="store_true", help="render what is there, run nothing")
     asked = parser.parse_args(words)
     if asked.scale not in SCALES:
-        parser.exit(2, f"SCALE: expected paper, small or narrow, not {asked.scale}\n")
+        parser.exit(2, f"SCALE: expected {', '.join(SCALES)}, not {asked.scale}\n")
     there = SCALES[asked.scale]
     if asked.tables == ["all"]:  # but generations, not the paper's, is only rendered by it
         asked.tables = [name for name in there if asked.incomplete or name != "generations"]
     if unknown := [name for name in asked.tables if name not in there]:
         parser.exit(2, f"{unknown[0]}: SCALE={asked.scale} does not have it, only {', '.join(there)}\n")
-    asked.out = asked.out or ("demo" if asked.scale == "demo" else f"results/{asked.scale}")
+    narrowed = [name for name in ("methods", "seeds", "args") if getattr(asked, name)]
+    if asked.incomplete and narrowed and not asked.out:
+        parser.exit(
+            2, f"{narrowed[0].upper()}: expected OUT=<folder> too, or the tables in results/ would shrink\n"
+        )
+    by_default = f"results/{asked.scale}" if asked.incomplete else f"runs/{asked.scale}"
+    asked.out = asked.out or ("demo" if asked.scale == "demo" else by_default)
     asked.words = words
     return asked

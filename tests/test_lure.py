@@ -1221,8 +1221,10 @@ def test_a_state_has_the_weights_that_the_next_mega_batch_starts_with_and_the_la
     model, row = lure.build_model("small", data, seeded(1)), yielded[-1]["mega_batches"][-1]
     model.load_state_dict(yielded[-1]["model"])
     for split, index in (("train", stream[-1].train), ("val", val)):
-        exactly(lure.evaluate(model, data.images[index], data.labels[index]), row[split])
-    exactly(lure.evaluate(model, data.test_images, data.test_labels), row["test"])
+        found = lure.evaluate(model, data.images[index], data.labels[index])
+        exactly(found | {"ece": 100 * found["ece"]}, row[split])
+    found = lure.evaluate(model, data.test_images, data.test_labels)
+    exactly(found | {"ece": 100 * found["ece"]}, row["test"])
 
 
 @pytest.mark.parametrize("pi", ["learned", "seen", "next"])
@@ -1515,6 +1517,16 @@ def test_a_loss_that_is_not_finite_ends_the_run_without_a_record(
 ):
     words = "--lr=1e18", f"--batch-size={batch_size}", f"--mega-batches={mega_batches}"
     assert "the loss is nan" in refusal(capsys, call, *words, f"--out={tmp_path}/x.json", status=1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_run_says_which_call_goes_on(call, capsys, monkeypatch, tmp_path):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lure, "train_epoch_", interrupted)
+    line = refusal(capsys, call, f"--out={tmp_path}/x.json", status=130)
+    assert "interrupted; baselines.py --method lure goes on with a stopped run" in line
     assert not list(tmp_path.iterdir())
 
 

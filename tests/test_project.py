@@ -133,7 +133,7 @@ def test_reports_are_what_their_runs_say(tmp_path, monkeypatch):
             if not committed.exists():  # it has not been measured yet
                 continue
             runs = [(run.row, Path(run.path(asked.out))) for run in tables.planned(name, asked)]
-            text = report.report(tmp_path / scale / f"{name}.md", runs, incomplete=True)
+            text = report.report(tmp_path / scale / f"{name}.md", runs, scale, incomplete=True)
             assert text == committed.read_text(), committed
             there.remove(committed)
     assert not there

@@ -3,9 +3,10 @@
 import json
 import math
 import re
+import shutil
 
 import pytest
-from conftest import SMALL
+from conftest import ROOT, SMALL
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
@@ -29,7 +30,7 @@ def runs_of(paths):
 
 
 def render(out, paths, incomplete=False):
-    return report.report(out, runs_of(paths), incomplete)
+    return report.report(out, runs_of(paths), out.resolve().parent.name, incomplete)
 
 
 def copy(folder, tmp_path, name="digits"):
@@ -171,7 +172,7 @@ def test_figures_of_what_metrics_measured(folder, tmp_path):
     )
     of = [json.loads((runs / f"lure-{seed}.metrics.json").read_text()) for seed in (1, 2)]
     ece, attack, clean, noisy = (
-        [100 * m["ece"] for m in of],
+        [m["ece"] for m in of],
         [json.loads((runs / f"lure-{seed}.attack.json").read_text())["pgd"]["2/255"] for seed in (1, 2)],
         [m["weight_noise"]["0"] for m in of],
         [m["weight_noise"]["0.01"] for m in of],
@@ -202,6 +203,25 @@ def test_figures_of_what_metrics_measured(folder, tmp_path):
             ours, star = [line for line in axes.get_lines() if len(line.get_xdata()) in (1, 20)]
             assert star.get_ydata() == 74 - 68
             assert [*ours.get_ydata()] == [0] * 20  # both have the colour that was put there
+
+
+def test_in_records_of_the_first_format_ece_is_a_fraction(folder, tmp_path):
+    runs = copy(folder, tmp_path)
+    newer = json.loads((runs / "lure-1.json").read_text())
+    older = json.loads((runs / "lure-2.json").read_text())
+    assert newer["format"] == 2 and newer["totals"]["ece"] > 1
+    older["totals"]["ece"] /= 100
+    (runs / "lure-2.json").write_text(json.dumps(older | {"format": 1}))
+    (row,) = [row for row in load_rows(runs_of([runs])) if row.label == "LURE"]
+    assert row.values("totals", "ece") == pytest.approx(
+        [newer["totals"]["ece"], 100 * older["totals"]["ece"]]
+    )
+    evaluated = dict(newer, ece=0.25)  # what evaluate.py wrote
+    for form, expected in (({"format": 2}, 0.25), ({}, 25)):
+        measured = {key: value for key, value in evaluated.items() if key != "format"} | form
+        (runs / "lure-1.metrics.json").write_text(json.dumps(measured))
+        (row,) = [row for row in load_rows(runs_of([runs])) if row.label == "LURE"]
+        assert row.values("ece") == [expected]
 
 
 def test_the_measurements_of_another_run_are_refused(folder, tmp_path):
@@ -600,3 +620,28 @@ def test_an_incomplete_report_renders_what_is_there_and_names_what_is_not(folder
     figure4 = tmp_path / "figure4.md"  # the runs are there, what it shows of them is not
     assert render(figure4, files, incomplete=True) == "nothing has been measured yet for figure4"
     assert not out.exists() and not figure4.exists()
+
+
+def test_runs_elsewhere_stand_beside_the_committed_ones(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
+    (tmp_path / "results").mkdir()
+    shutil.copy(ROOT / "results" / "paper.json", tmp_path / "results")
+    committed = copy(folder, tmp_path / "results" / "small", "digits")
+    own = copy(folder, tmp_path / "runs" / "small", "digits")
+    record = json.loads((own / "lure-1.json").read_text())
+    accuracy = record["totals"]["test_accuracy"]
+    record["totals"]["test_accuracy"] += 1.5
+    (own / "lure-1.json").write_text(json.dumps(record))
+    change(own / "lure-2.json", epochs=7)
+    (committed / "warm-start-1.json").unlink()
+    files = [own / f"{name}-1.json" for name in ("warm-start", "lure")]
+    text = render(tmp_path / "runs" / "small" / "table3.md", files)
+    beside = [line for line in text.splitlines() if line.startswith("| digits/")]
+    assert beside == [
+        f"| digits/lure-1 | {accuracy + 1.5:.2f} | {accuracy:.2f} | +1.50 "
+        f"| {record['device']}, {record['precision']} |"
+    ]
+    text = render(tmp_path / "runs" / "small" / "table1.md", [own / "lure-2.json"])
+    assert "| – | not compared: epochs 1, not 7 here |" in text
+    text = render(tmp_path / "results" / "small" / "table3.md", [committed / "lure-1.json"])
+    assert "Your runs beside" not in text

@@ -142,7 +142,7 @@ def test_the_records_of_a_plan_are_compared_without_data_by_their_options(tmp_pa
     prepare.prepare(tables.arguments(words[1:]))
     assert "From the records alone" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"warm-start-1.json: .* found epochs 10, not 11"):
-        prepare.prepare(tables.arguments([*words[1:], "--args=--epochs 11"]))
+        prepare.prepare(tables.arguments([*words[1:], "--args=--epochs 11", "--out=results/small"]))
 
 
 ODD = ["it's my: a#b$c=+,@ä", "a$(b)"]
@@ -225,12 +225,12 @@ def test_make_names_the_runs_of_every_table_without_data(checkout):
             assert runs and all("--seed" in line and "--checkpoint" in line for line in runs.values())
             where = "precision" if target == "precision" else scale
             assert f"-m experiments.report {target.removeprefix('reproduce-')} --jobs 1" in text
-            assert all(f"--out results/{where}/" in line for line in runs.values())
+            assert all(f"--out runs/{where}/" in line for line in runs.values())
 
 
 def test_the_runs_at_the_papers_protocol(checkout):
     runs, _ = planned(checkout, "-j2", "reproduce-table1", "IMAGENET=/imagenet")
-    assert len(runs) == 3 * 9 * 3 and "results/paper/cifar100/fire-3.json" in runs
+    assert len(runs) == 3 * 9 * 3 and "runs/paper/cifar100/fire-3.json" in runs
     of_imagenet = [line for file, line in runs.items() if "restricted" in file]
     assert all("--data /imagenet --mega-batches 3 " in line for line in of_imagenet)
     everything = " ".join(runs.values())
@@ -263,13 +263,11 @@ def test_the_runs_at_the_papers_protocol(checkout):
 def test_tables_share_the_runs_that_are_the_same(checkout):
     files = {t: set(planned(checkout, t)[0]) for t in TARGETS if t not in ("precision", "generations")}
     same = {
-        f"results/paper/cifar10/{m}+mega-batches=4-{s}.json"
-        for m in ("warm-start", "lure")
-        for s in (1, 2, 3)
+        f"runs/paper/cifar10/{m}+mega-batches=4-{s}.json" for m in ("warm-start", "lure") for s in (1, 2, 3)
     }
     for target in ("reproduce-table6", "reproduce-table8", "reproduce-table9", "where-from", "cost"):
         assert same <= files[target]
-    assert "results/paper/cifar10/lure-1.json" in files["reproduce-table1"] & files["reproduce-table7"]
+    assert "runs/paper/cifar10/lure-1.json" in files["reproduce-table1"] & files["reproduce-table7"]
     together, _ = planned(checkout, "reproduce")
     assert set(together) == set.union(*files.values())
 
@@ -286,7 +284,7 @@ def test_the_rules_are_of_what_is_missing_alone(tmp_path, monkeypatch):
         "--seeds=1 2",
         "--jobs=9",
     ]
-    folder = tmp_path / "results" / "small" / "cifar10-jpeg"
+    folder = tmp_path / "runs" / "small" / "cifar10-jpeg"
     folder.mkdir(parents=True)
     for name in ("lure-1.json", "lure-1.attack.json", "lure-2.json"):
         (folder / name).touch()
@@ -300,8 +298,8 @@ def test_the_rules_are_of_what_is_missing_alone(tmp_path, monkeypatch):
     assert {Path(path).name for path in rule["all"].split()[3:]} == missing
     assert {Path(path).name for path in rule if path.endswith(".json")} == missing
     assert rule[f"{folder.relative_to(tmp_path)}/lure-2.attack.json"].endswith("/lure-2.pt")
-    assert "OMP_NUM_THREADS=1 " in text and "evaluate.py --attack results/small" in text
-    asked = tables.arguments([*words, "--incomplete"])
+    assert "OMP_NUM_THREADS=1 " in text and "evaluate.py --attack runs/small" in text
+    asked = tables.arguments([*words, "--incomplete", "--out=runs/small"])
     assert "\nall: | prepare\n" in rules(asked)  # to render what is there, nothing is run
 
 
@@ -321,7 +319,7 @@ def test_what_there_is_no_table_of_is_one_line(words, told, capsys):
 
 def test_the_small_scale_and_what_narrows_a_table(checkout):
     runs, _ = planned(checkout, "reproduce-table1", "SCALE=small", "DATA=photos/cifar10-jpeg")
-    assert len(runs) == 10 * 3 and "results/small/cifar10-jpeg/warm-start+gamma=1-2.json" in runs
+    assert len(runs) == 10 * 3 and "runs/small/cifar10-jpeg/warm-start+gamma=1-2.json" in runs
     assert all("--dataset folder --data photos/cifar10-jpeg --arch small" in line for line in runs.values())
     beside, _ = planned(checkout, "precision", "DATA=photos/cifar10-jpeg")
     assert len(beside) == 6 and sum("--precision=float32" in line for line in beside.values()) == 3
@@ -333,7 +331,7 @@ def test_the_small_scale_and_what_narrows_a_table(checkout):
     assert all("--dataset folder --data photos/cifar10 " in line for line in own.values())
     seven, _ = planned(checkout, "reproduce-table7", "METHODS=lure", "SEEDS=1")
     assert len(seven) == 5 and not any("warm-start" in file for file in seven)
-    assert '--out "results/bench"' in make(checkout, "-n", "bench").stdout
+    assert '--out "runs/bench"' in make(checkout, "-n", "bench").stdout
     cores = os.cpu_count()
     for jobs in (1, cores):  # the threads are divided
         text = planned(checkout, f"-j{jobs}", "reproduce-table3", "SEEDS=1")[1]
@@ -346,7 +344,7 @@ def test_the_narrow_scale_runs_the_papers_protocol_with_a_narrow_network(checkou
         runs, _ = planned(checkout, target, "SCALE=narrow", "DATA=photos", *words)
         found = {}
         for file, line in runs.items():
-            dataset, row, seed = re.fullmatch(r"results/narrow/(.*)/(.*)-(\d).json", file).groups()
+            dataset, row, seed = re.fullmatch(r"runs/narrow/(.*)/(.*)-(\d).json", file).groups()
             protocol = f"--dataset folder --data photos/{dataset} --arch small --precision float32 --method "
             assert protocol in line and not {"--limit", "--epochs", "--mega-batches"} & {*line.split()}
             of = found.setdefault(dataset, {})
@@ -378,9 +376,9 @@ def test_the_narrow_scale_is_narrowed_by_data_set_method_and_seed(checkout):
         return [*planned(checkout, words[0], "SCALE=narrow", *words[1:])[0]]
 
     first = files("reproduce-table3", "DATASETS=cifar10-jpeg", "METHODS=warm-start+gamma=1", "SEEDS=2")
-    assert first == ["results/narrow/cifar10-jpeg/warm-start+gamma=1+replay=none-2.json"]
+    assert first == ["runs/narrow/cifar10-jpeg/warm-start+gamma=1+replay=none-2.json"]
     other = files("reproduce-table1", "METHODS=warm-start+gamma=1", "SEEDS=1")  # a row that is not planned
-    assert other == ["results/narrow/cifar10-lossless/warm-start+gamma=1-1.json"]
+    assert other == ["runs/narrow/cifar10-lossless/warm-start+gamma=1-1.json"]
     unseen = files("reproduce-table3", "METHODS=lure", "DATASETS=cifar10-jpeg")
     assert [file[-6] for file in unseen] == [*"1234567"]
     runs, _ = planned(checkout, "reproduce-table3", "SCALE=narrow", "DATASETS=cifar100")
@@ -392,7 +390,7 @@ def test_the_narrow_scale_is_narrowed_by_data_set_method_and_seed(checkout):
 def test_generations_train_on_one_data_set_as_long_in_one_schedule_as_in_many(checkout):
     for scale, generations, epochs in (("paper", 11, 200), ("small", 10, 40)):
         runs, text = planned(checkout, "generations", f"SCALE={scale}", "DATA=photos/flowers", "SEEDS=1")
-        names = [re.fullmatch(rf"results/{scale}/flowers/(.*)-1.json", file)[1] for file in runs]
+        names = [re.fullmatch(rf"runs/{scale}/flowers/(.*)-1.json", file)[1] for file in runs]
         *methods, whole = [name.replace("+generations", "") for name in names]
         forgetting = ["ke", "rifle", "llf", "sp", "lure", "random", "dash", "fire", "scratch"]
         assert methods == ["warm-start", *forgetting]
@@ -430,7 +428,10 @@ def test_make_reports_shows_what_is_there_and_starts_nothing(checkout):
             ["reproduce-table4", "SCALE=narrow"],
             "table4: SCALE=narrow does not have it, only table1, table3, where-from",
         ),
-        (["reproduce-table1", "SCALE=large"], "SCALE: expected paper, small or narrow"),
+        (
+            ["reproduce-table1", "SCALE=large"],
+            "SCALE: expected paper, small, narrow, demo, precision, not large",
+        ),
     ],
 )
 def test_make_without_what_it_needs_says_so(checkout, words, message):
