@@ -9,7 +9,7 @@ import os
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,6 @@ from experiments.files import load, write
 from lure import Dataset
 
 FOLDERS = ("folder", "restricted-imagenet")
-DATASETS = ("digits", "cifar10", "cifar100", *FOLDERS)
 RESTRICTED_IMAGENET = {  # balanced; inclusive ranges of the index of the 1000 sorted class folders
     "bird": (10, 14), "turtle": (33, 37), "lizard": (42, 46), "spider": (72, 76), "crab": (118, 122),
     "dog": (200, 204), "cat": (281, 285), "big cat": (286, 290), "beetle": (302, 306),
@@ -40,7 +39,7 @@ RESTRICTED_IMAGENET = {  # balanced; inclusive ranges of the index of the 1000 s
 def load_dataset(
     name: str, data="data", cache=".cache", image_size=0, limit=0, limit_test=0, shots=0
 ) -> Dataset:
-    """Load one of `DATASETS` from the folder `data`, where torchvision also downloads the CIFARs to.
+    """Load one of `LOADERS` from the folder `data`, where torchvision also downloads the CIFARs to.
 
     Images become squares of side `image_size`; 0: those of folders of side 32, the others as `lure` has them.
     `limit`, `limit_test`: a stratified sample of so many images; `shots`: of so many training images of each
@@ -51,10 +50,12 @@ def load_dataset(
 
 def load_whole(name: str, data: str, cache: str, image_size: int) -> Dataset:
     """All images of a data set; those of folders in the size asked for, the others in their own."""
-    if name in FOLDERS:
-        return load_folders(name, Path(data), Path(cache), image_size or 32)
+    return LOADERS[name](name, Path(data), Path(cache), image_size)
+
+
+def load_by_lure(name: str, root: Path, cache: Path, image_size: int) -> Dataset:
     try:
-        return lure.load_dataset(name, data)
+        return lure.load_dataset(name, str(root))
     except OSError as error:
         raise DataError(error) from error
 
@@ -136,7 +137,7 @@ def load_folders(name: str, root: Path, cache: Path, image_size: int) -> Dataset
     if odd := sorted(set(classes[0]) ^ set(classes[1])):
         raise DataError(f"{root}: expected every class in both splits, {odd[0]!r} is in one only")
     paths, labels = zip(*samples[0], *samples[1], strict=True)
-    decoded = decoded_once(paths, root, cache, image_size).permute(0, 2, 3, 1)
+    decoded = decoded_once(paths, root, cache, image_size or 32).permute(0, 2, 3, 1)
     if others:
         told = ", ".join(f"{number} {ending or 'without one'}" for ending, number in sorted(others.items()))
         print(f"{root}: left out, of other endings than those of images: {told}", file=sys.stderr)
@@ -238,3 +239,12 @@ def refuse_dark(paths: Sequence[str], highest: Sequence[int]) -> None:
             f"{wide[0]}: expected values up to 65535 in images of 16 bits, found none above {max(highest)} "
             f"in {len(wide)} of them; rescale them"
         )
+
+
+LOADERS: dict[str, Callable[[str, Path, Path, int], Dataset]] = {  # name, folder, cache, side of the images
+    "digits": load_by_lure,
+    "cifar10": load_by_lure,
+    "cifar100": load_by_lure,
+    "folder": load_folders,
+    "restricted-imagenet": load_folders,
+}

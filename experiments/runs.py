@@ -25,7 +25,7 @@ from torch import Tensor, nn
 import baselines
 import lure
 from experiments.command import DataError, Parser, guarded
-from experiments.data import DATASETS, load_dataset
+from experiments.data import LOADERS, load_dataset
 from experiments.files import held, load, provenance, write, write_text
 from experiments.ranks import RANK, WORLD, Parallel, by_first, first_before_others, join, leave, take_gpu
 from lure import Dataset, MegaBatch, option
@@ -61,7 +61,7 @@ SET = "the method's own settings, as in --set shrink=0.4 noise=0.1"
 class Config(lure.Config):
     """The settings of `lure.run`, and those of the method, of the data and of the files around it."""
 
-    dataset: str = option("cifar10", "data set", DATASETS)
+    dataset: str = option("cifar10", "data set", LOADERS)
     arch: str = option("auto", "network; auto: small for digits, else resnet18", ("auto", *lure.NETWORKS))
     cache: str = option(".cache", "folder for decoded images")
     image_size: int = option(0, "side to resize to, at most 1024; 0: as they are, folders to 32")
@@ -71,7 +71,7 @@ class Config(lure.Config):
     generations: bool = option(False, "let every mega-batch be all training images", action="store_true")
     compile: bool = option(False, "train through torch.compile, on a GPU by CUDA graphs", action="store_true")
     checkpoint: str = option("", "file for the final weights")
-    method: str = option("warm-start", "what to do between mega-batches", tuple(baselines.METHODS))
+    method: str = option("warm-start", "what to do between mega-batches", baselines.METHODS)
     set: tuple[str, ...] = option((), SET, nargs="*", action=More)
 
     def __post_init__(self):

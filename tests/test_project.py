@@ -18,7 +18,7 @@ import baselines
 import experiments
 import lure
 from experiments import bench, bench_tables, report, runs, tables
-from experiments.data import DATASETS
+from experiments.data import LOADERS
 
 
 def test_importing_prints_and_changes_nothing():
@@ -83,6 +83,10 @@ def test_a_room_uses_only_what_is_below_its_floor():
         assert all(height[other] < height[room] for other in used & height.keys()), path
 
 
+def test_tables_know_the_data_sets_that_have_a_name():
+    assert {*tables.KNOWN, "folder"} == LOADERS.keys()
+
+
 def requirements(text):
     return {line.strip() for line in text.splitlines() if re.match(r"\s*[a-z]", line)}
 
@@ -108,13 +112,14 @@ def test_the_papers_claims_are_about_runs_that_there_are():
     assert numbered | {"where-from", "generations"} == {c["table"] for c in paper["claims"]}
     numbers = {"dataset", "test_acc", "std", "cer", "gap", "mca"}
     for printed in paper["tables"].values():
-        assert all(row.keys() - numbers <= options and row["dataset"] in DATASETS for row in printed["rows"])
+        assert all(row.keys() - numbers <= options and row["dataset"] in LOADERS for row in printed["rows"])
 
 
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_snippets_of_the_readme_work_as_pasted(tmp_path):
+def test_the_snippets_of_the_readme_work_as_pasted(tmp_path, monkeypatch):
+    monkeypatch.setitem(baselines.METHODS, "halve", None)  # which one of them adds, for this test alone
     snippets = re.findall(r"(?s)```python\n(.*?)```", README)
     assert snippets
     for i, snippet in enumerate(snippets):
@@ -147,25 +152,25 @@ def test_the_overview_shows_what_the_reports_say(tmp_path):
         assert (ROOT / "results" / path).exists(), path
 
 
-def table_of(text):
-    """The columns of the first table in a text, by their titles; the first of those of one title."""
-    rows = [
-        line.strip("| ").split(" | ")
-        for line in text[text.index("| Method |") :].split("\n\n")[0].split("\n")
-    ]
-    return {title: [row[i] for row in rows[2:]] for i, title in reversed([*enumerate(rows[0])])}
+def rows_of(text):
+    """The cells of the first table in a text, by row: its head, a line, then the others."""
+    table = text[text.index("| Method |") :].split("\n\n")[0]
+    return [line.strip("| ").split(" | ") for line in table.split("\n")]
 
 
 MEASURED = README.split("\n## What we measured\n")[1].split("\n## ")[0]
 
 
 def test_the_table_of_the_readme_is_the_reports():
-    shown, full = (table_of(text) for text in (MEASURED, (ROOT / "results/narrow/table3.md").read_text()))
-    assert len(shown) > 5 and shown == {title: full[title] for title in shown}
+    shown, full = (rows_of(text) for text in (MEASURED, (ROOT / "results/narrow/table3.md").read_text()))
+    columns = [full[0].index(title) for title in shown[0]]
+    picked = [[row[i] for i in columns] for row in full[2:]]
+    assert len(columns) > 5 and len(shown) > 5 and all(row in picked for row in shown[2:])
 
 
 def test_the_numbers_in_the_prose_of_the_readme_are_in_the_reports():
     prose = " ".join(line for line in MEASURED.splitlines() if not line.startswith("|"))
+    prose = re.sub(r"\(http[^)]*\)", "", prose)
     reports = " ".join(path.read_text() for path in (ROOT / "results").glob("*/*.md"))
     numbers = re.findall(r"[-+]?\d+\.\d+", prose)
     assert numbers and all(re.search(rf"(?<![\d.]){re.escape(n)}(?![\d.])", reports) for n in numbers)
