@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from lure import chunks, evaluating, to_input
 
@@ -124,7 +125,7 @@ def corruption_accuracy(model: nn.Module, directory: str | Path, resize=None) ->
         found = f"{least} to {largest}"
         raise ValueError(f"{directory}/labels.npy: expected labels of {classes} classes, found {found}")
     result: dict = {}
-    for name, images in arrays.items():
+    for name, images in tqdm(arrays.items(), "corruptions", leave=False, disable=None):
         result[name] = []
         for of_severity, targets in zip(images.chunk(5), labels.chunk(5), strict=True):
             pixels = resize(of_severity).to(device)

@@ -90,9 +90,9 @@ def spread(values: list[float], digits: int = 2) -> str:
 
 
 def with_interval(differences: list[float], digits: int = 2) -> str:
-    """Their mean and, from two on, its 95 % interval."""
+    """Their mean and its 95 % interval; of one alone, that it is of one seed."""
     mean = f"{statistics.fmean(differences):+.{digits}f}"
-    return f"{mean} {bounds(differences, digits=digits)}" if len(differences) > 1 else mean
+    return f"{mean} {bounds(differences, digits=digits) if len(differences) > 1 else '(one seed)'}"
 
 
 def bounds(differences: list[float], level: float = 0.95, digits: int = 2) -> str:

@@ -201,7 +201,7 @@ def weight_noise(figure, rows, published, others):
 
 
 # ------------------------------------------------------------ Forgetting
-CRITERIA = {"lure": "SNIP (LURE)", "fisher": "Fisher", "magnitude": "magnitude", "random": "chance"}
+CRITERIA = {"lure": "SNIP (LURE)", "fisher": "Fisher", "magnitude": "magnitude", "random": "LURE by chance"}
 AROUND: dict[tuple, tuple[str, dict]] = {
     ("before",): ("before", dict(color="0.5", marker="|", ms=12)),
     ("after",): ("right after forgetting", dict(color="C3", marker="v")),

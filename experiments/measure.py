@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 import lure
 from baselines import fisher_information, magnitudes, random_scores
@@ -37,6 +38,9 @@ SIGMAS = (0, 0.01, 0.02, 0.03, 0.04, 0.05)
 SHARES = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
 
 
+progress = partial(tqdm, leave=False, disable=None)
+
+
 # ------------------------------------------------------------ What is measured
 def clean_metrics(model, data: Dataset, config: runs.Config, sigmas) -> dict:
     """Test accuracy: clean, by confidence (ECE), after redrawing by criterion and share.
@@ -55,8 +59,10 @@ def clean_metrics(model, data: Dataset, config: runs.Config, sigmas) -> dict:
     result["ece"] = 100 * expected_calibration_error(probabilities, test_y)
     result["reliability"] = {name: values.tolist() for name, values in bins.items()}
     # With noise on its weights.
-    noisy = weight_noise_accuracy(model, train_x, train_y, sigmas, generator=generator)
-    result["weight_noise"] = {f"{sigma:g}": value for sigma, value in zip(sigmas, noisy, strict=True)}
+    result["weight_noise"] = {}
+    for sigma in progress(sigmas, "weight noise"):
+        (noisy,) = weight_noise_accuracy(model, train_x, train_y, [sigma], generator=generator)
+        result["weight_noise"][f"{sigma:g}"] = noisy
     # With a part of its weights redrawn: with the running statistics as they are, and taken anew.
     drawn = torch.randperm(len(train_y), generator=generator)[:1125]  # as many as the protocol's π
     pi = train_x[drawn], train_y[drawn]
@@ -86,7 +92,7 @@ def redrawing_accuracy(
         "random": random_scores(model, generator),
     }
     result: dict[str, dict[float, float]] = {criterion: {} for criterion in scores}
-    for criterion, share in product(scores, shares):
+    for criterion, share in progress([*product(scores, shares)], "redrawing"):
         mask = lure.top_k_mask(scores[criterion], 1 - share)
         with restored(model):
             lure.reinitialize_(model, mask, generator)
@@ -100,9 +106,11 @@ def attacked_accuracy(model, data: Dataset, epsilons) -> dict[str, float]:
     images = lure.to_input(data.test_images)
     result = {}
     for epsilon in epsilons:
-        batches = zip(images.split(125), data.test_labels.split(125), strict=True)
-        attacked = torch.cat([pgd_attack(model, x, y, epsilon / 255) for x, y in batches])
-        result[f"{epsilon:g}/255"] = accuracy(model, attacked, data.test_labels)
+        batches = [*zip(images.split(125), data.test_labels.split(125), strict=True)]
+        attacked = []
+        for x, y in progress(batches, f"PGD, {epsilon:g}/255"):
+            attacked.append(pgd_attack(model, x, y, epsilon / 255))
+        result[f"{epsilon:g}/255"] = accuracy(model, torch.cat(attacked), data.test_labels)
     return result
 
 

@@ -97,11 +97,14 @@ def shown_there(columns: list[Column], published: list[dict]) -> list[dict]:
 
 
 def with_published(rows: list[Row], published: list[dict]) -> list[tuple[Row, dict]]:
-    """Each row with the paper's that it fits best, or with none; then the paper's that are beside no row."""
+    """Each row with the paper's that it fits best, or with none; then the paper's that are beside no row.
+
+    Beside a run of a part of the images stands none.
+    """
     beside = {}
     rest = []
     for p in published:
-        fitting = [row for row in rows if is_of(row, p)]
+        fitting = [row for row in rows if is_of(row, p) and not is_of_a_part(row)]
         if fitting:
             best = min(fitting, key=lambda row: len(row.named))
             tested = 3_450 if p["dataset"] == "restricted-imagenet" else 10_000
@@ -110,6 +113,10 @@ def with_published(rows: list[Row], published: list[dict]) -> list[tuple[Row, di
         else:
             rest.append((Row(p["method"], p, {}, [], {}), p))
     return [*((row, beside.get(row.label, {})) for row in rows), *rest]
+
+
+def is_of_a_part(row: Row) -> bool:
+    return bool(row.config["limit"] or row.config["limit_test"])
 
 
 def number_of(published: dict, column: Column) -> str:

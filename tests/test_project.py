@@ -67,7 +67,7 @@ def test_methods_and_metrics_need_lure_alone(name, tmp_path):
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     imported = set(re.findall(r"^(?:from|import) (\w+)", (ROOT / name).read_text(), re.M))
-    assert imported - sys.stdlib_module_names <= {"torch", "numpy", "lure"}
+    assert imported - sys.stdlib_module_names <= {"torch", "numpy", "tqdm", "lure"}
 
 
 def test_a_room_uses_only_what_is_below_its_floor():
