@@ -461,11 +461,13 @@ def augmented(pixels: Tensor, index: Tensor, padding: int, flip: bool, generator
 
 def pick_precision(name: str, device: torch.device) -> str:
     """What to train in; auto: bfloat16 where it is the faster, on GPUs and processors that compute in it."""
+    if name != "auto":
+        return name
     has = torch.cpu.get_capabilities()
     fast = has.get("amx_bf16") or (has.get("avx512_bf16") and "AMD" in has.get("cpu_name", ""))
     if device.type == "cuda":
         fast = torch.cuda.get_device_capability(device) >= (8, 0)
-    return name if name != "auto" else "bfloat16" if fast else "float32"
+    return "bfloat16" if fast else "float32"
 
 
 def train_epoch_(model, optimizer, data: Dataset, train: Tensor, config, generator) -> Tensor:
@@ -571,18 +573,26 @@ def generator_of(seed: int, purpose: int, device="cpu") -> torch.Generator:
 
 def draw_stream(config: Config, data: Dataset) -> tuple[Dataset, list[MegaBatch]]:
     """The data with noisy labels, and the stream of a run, both drawn by its seed."""
-    c = config
     device = data.labels.device
-    generator = generator_of(c.seed, STREAM)
-    labels = with_noise(data.labels.cpu(), len(data.classes), c.label_noise, generator)
-    stream = mega_batches(len(labels), c.mega_batches, c.replay, c.buffer_size, c.val_fraction, generator)
-    return data._replace(labels=labels.to(device)), [batch.to(device) for batch in stream]
+    generator = generator_of(config.seed, STREAM)
+    labels = with_noise(data.labels.cpu(), len(data.classes), config.label_noise, generator)
+    stream = mega_batches(
+        len(labels),
+        config.mega_batches,
+        config.replay,
+        config.buffer_size,
+        config.val_fraction,
+        generator,
+    )
+    noisy = data._replace(labels=labels.to(device))
+    return noisy, [batch.to(device) for batch in stream]
 
 
 def with_noise(labels: Tensor, classes: int, probability: float, generator) -> Tensor:
     """The labels, each with the probability drawn anew from all classes, its own among them (section 6.3)."""
     redrawn = torch.randint(classes, labels.shape, generator=generator)
-    noisy = torch.rand(labels.shape, generator=generator) < probability
+    drawn = torch.rand(labels.shape, generator=generator)
+    noisy = drawn < probability
     return torch.where(noisy, redrawn, labels)
 
 
@@ -715,7 +725,8 @@ def check_settings(config: Config, limits: dict) -> None:
 
 def pick_device(name: str) -> torch.device:
     """The device of that name; auto: the GPU if there is one. ValueError if there is none."""
-    name = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         if torch.device(name).type in ("cpu", "cuda"):
             return torch.zeros(1, device=name).device
