@@ -75,10 +75,8 @@ def dash_(model, between, alpha=0.3, floor=0.3) -> None:
 
 
 def in_groups(p: Tensor) -> Tensor:
-    """(groups …, values): kernels of a convolution, rows of a matrix, a bias as a whole."""
-    if p.ndim > 2:
-        return p.flatten(start_dim=2)
-    return p if p.ndim == 2 else p.unsqueeze(0)
+    """(…, values): the kernels of a convolution, the rows of a matrix, a bias as a whole."""
+    return p.flatten(start_dim=2) if p.ndim > 2 else p
 
 
 def upcoming(between):

@@ -153,6 +153,23 @@ def test_dash_shrinks_each_group_by_its_cosine_with_the_descent(seed, alpha, flo
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.parametrize("layer", [nn.Conv1d(3, 2, 4), nn.Conv3d(2, 3, 2), nn.Linear(4, 3)])
+def test_dash_scales_the_kernels_of_any_dimension_rows_and_the_bias(layer, monkeypatch):
+    layer = copy.deepcopy(layer).double()
+    before = [p.detach().clone() for p in layer.parameters()]
+    gradients = [torch.randn(p.shape, generator=seeded(1), dtype=torch.float64) for p in before]
+    monkeypatch.setattr(baselines, "upcoming", lambda between: [(None, None)])
+    monkeypatch.setattr(baselines, "loss_gradient", lambda *args: gradients)
+    baselines.dash_(layer, None, floor=0.1)
+    weight, bias = before
+    cosine = lambda w, g: max(0.1, float((w * -g).sum() / (w.norm() * g.norm())))  # noqa: E731
+    groups = [*product(range(len(weight)), range(weight.shape[1]))] if weight.ndim > 2 else range(len(weight))
+    for group in groups:
+        w, g = weight[group], gradients[0][group]
+        torch.testing.assert_close(layer.weight[group], w * cosine(w, g))
+    torch.testing.assert_close(layer.bias, bias * cosine(bias, gradients[1]))
+
+
 def test_dash_has_the_constants_of_the_method():
     model, batches = net(1), [batch(1), batch(2)]
     expected = slow_dash(model, batches, 0.3, 0.3)
@@ -270,6 +287,25 @@ def test_llf_redraws_the_last_two_stages_and_the_classifier_of_a_vgg():
     late = convolutions[7:]
     layers = [f"features.{i}" for c in late for i in (c, c + 1)] + ["classifier"]
     assert len(convolutions) == 13 and names == {f"{n}.{kind}" for n in layers for kind in ("weight", "bias")}
+
+
+@pytest.mark.parametrize("pools", [2, 5])
+def test_llf_redraws_the_last_two_stages_of_a_vgg_of_any_depth(pools):
+    def build():
+        stages = [layer for _ in range(pools) for layer in (nn.Conv2d(2, 2, 1), nn.MaxPool2d(1))]
+        vgg = nn.Module()
+        vgg.features = nn.Sequential(*stages, nn.Conv2d(2, 2, 1))
+        vgg.classifier = nn.Linear(2, 3)
+        return vgg
+
+    model = build()
+    before = state(model)
+    apply(baselines.later_layer_forgetting_, model, fresh=build)
+    redrawn = {
+        name.rpartition(".")[0] for name in before if not torch.equal(state(model)[name], before[name])
+    }
+    first = 2 * pools - 2  # the convolution after the last pool but one
+    assert redrawn == {"classifier", f"features.{first}", f"features.{first + 2}"}
 
 
 def test_llf_refuses_another_network_and_leaves_it():
@@ -430,6 +466,18 @@ def test_released_redraws_what_is_named_weight_of_all_that_scores_at_the_thresho
         else:
             assert torch.equal(p, before[name])  # biases stay
     assert model.training and all(p.grad is None for p in model.parameters())
+    again = net(seed)
+    again.load_state_dict(before)
+    assert same(apply(baselines.released_, again, (images, labels), keep=keep, seed=seed), mask)
+    assert same(state(again), state(model))  # by the seed
+
+
+def test_released_keeps_80_percent_by_default():
+    model, pi = net(1), batch(1)
+    default, explicit = (
+        apply(baselines.released_, copy.deepcopy(model), pi, **k) for k in ({}, {"keep": 0.8})
+    )
+    assert same(default, explicit)
 
 
 def test_random_keeps_every_weight_equally_often():

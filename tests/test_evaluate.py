@@ -210,6 +210,7 @@ LABELS = np.tile(np.arange(6, dtype=np.uint8) % 5, 5)
         (LABELS[:10], "the labels of five severities, one after the other, all the same"),
         (np.arange(30, dtype=np.uint8) // 6, "the labels of five severities"),
         (LABELS + 95, "labels of 5 classes, found 95 to 99"),
+        (LABELS + 1, "labels of 5 classes, found 1 to 5"),
         (LABELS.astype(np.int64) - 1, "labels of 5 classes, found -1 to 3"),
     ],
 )
