@@ -4,15 +4,21 @@
 # ///
 """Learn, Unlearn and Relearn (LURE, TMLR 2023), the whole method in one file.
 
-Data arrive in mega-batches. Between two of them, LURE measures by SNIP how much every weight matters for what
-was just learned, keeps the top 80 %, redraws the others, and trains on: Algorithm 1 of the paper is `run`,
-below.
+Data arrive in mega-batches. Between two of them, LURE measures how much every weight matters for what was just
+learned, keeps the weights that matter most and redraws the others. Algorithm 1 of the paper is `run`, below:
+
+    for each mega-batch of the stream                          mega_batches
+        train on it, and on what is replayed                   learn_
+        measure accuracy and calibration                       evaluate
+        on π, a sample of what was just learned:               unlearn_
+            s = |θ · ∂L/∂θ| / Σ |θ · ∂L/∂θ|                    connection_sensitivity
+            M = the top 80 % of the weights by s               top_k_mask
+            redraw the weights that are not in M               reinitialize_
 
     python lure.py --dataset digits                        # in two minutes on two CPU cores
     python lure.py --dataset cifar10 --out lure-1.json     # the paper's protocol
 
-The functions from `unlearn_` to `expected_calibration_error` can be copied out, with the imports that they
-use.
+The functions from `cross_entropies` to `expected_calibration_error` can be copied out, with their imports.
 """
 
 import argparse
