@@ -4,8 +4,8 @@
 # ///
 """Learn, Unlearn and Relearn (LURE, TMLR 2023), the whole method in one file.
 
-Data arrive in mega-batches. Between two of them, LURE measures how much every weight matters for what was just
-learned, keeps the weights that matter most and redraws the others. Algorithm 1 of the paper is `run`, below:
+Data arrive in mega-batches. Between two of them, LURE measures how much every weight matters for what was
+just learned, keeps the weights that matter most and redraws the others. Algorithm 1 of the paper is `run`:
 
     for each mega-batch of the stream                          mega_batches
         train on it, and on what is replayed                   learn_
