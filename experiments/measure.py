@@ -217,14 +217,16 @@ def refuse_numbers_as_text(path: Path, classes: list[str]) -> None:
 def main(argv: list[str] | None, description: str) -> int:
     """The command line of evaluate.py; its status is that of `guarded`."""
     parser = Parser(description=description)
-    parser.add_argument("paths", nargs="+", type=Path, metavar="CHECKPOINT")
+    parser.add_argument("paths", nargs="+", type=Path, metavar="CHECKPOINT", help="what --checkpoint wrote")
     parser.add_argument("--corruptions", type=Path, help="folder of CIFAR-10-C: measure these instead")
     parser.add_argument("--attack", action="store_true", help="measure accuracy under PGD-10 instead")
     parser.add_argument("--epsilons", nargs="*", type=float, default=EPSILONS, help="of PGD-10, in 1/255")
     parser.add_argument("--sigmas", nargs="*", type=float, default=SIGMAS, help="of the noise on the weights")
     parser.add_argument("--data", help="folder of the data set, if it has moved")
     parser.add_argument("--cache", default=".cache", help="folder for decoded images")
-    parser.add_argument("--device", default="auto")
+    parser.add_argument(
+        "--device", default="auto", help="cpu, cuda, cuda:1 ...; auto: the GPU if there is one"
+    )
     args = parser.parse_args(argv)
     args.argv = sys.argv[1:] if argv is None else argv
     return guarded(parser.prog, lambda: measure_all(args))

@@ -42,7 +42,7 @@ def prepare(asked: argparse.Namespace) -> None:
             compare(path, config, data)
             told = told or data is None
     if told:
-        print("From the records alone, which are not compared with the data: DATA=<folder> does that.")
+        print("No run is started. Records were compared with the call by their options, not with the data.")
 
 
 def how_many(asked: argparse.Namespace, paths: list[str]) -> str:
@@ -58,9 +58,11 @@ def how_many(asked: argparse.Namespace, paths: list[str]) -> str:
             known[path] = json.loads(committed.read_text())
     text += f"; {len(missing)} to run"
     if known:
-        hours = sum(record["totals"]["seconds"] for record in known.values()) / 3600
+        minutes = sum(record["totals"]["seconds"] for record in known.values()) / 60
         devices = sorted({record["device"] for record in known.values()})
-        text += f", of which {len(known)} took {hours:.1f} hours one after the other on {', '.join(devices)}"
+        text += (
+            f", of which {len(known)} took {minutes:.0f} minutes one after the other on {', '.join(devices)}"
+        )
     return text
 
 
@@ -70,7 +72,8 @@ def refuse_what_was_not_given(asked: argparse.Namespace, paths: dict[Run, str], 
         parts = dict.fromkeys(run.dataset for run in paths)
         each = f" with {', '.join(parts)}, each" if asked.scale == "narrow" else ""
         folder = f"<folder{each} with train/<class>/ and test/<class>/ of images>"
-        raise ValueError(f"DATA: expected DATA={folder}")
+        instead = "DATASETS=cifar10" if asked.scale == "narrow" else "DATASETS=digits"
+        raise ValueError(f"DATA: expected DATA={folder}, or {instead}")
     if not asked.imagenet and "restricted-imagenet" in names:
         raise ValueError("IMAGENET: expected IMAGENET=<folder with train/ and val/>")
     if not asked.cifar10c and any(path.endswith(".corruptions.json") for path in missing):

@@ -165,7 +165,7 @@ def beside_committed(paths: list[Path], folder: Path) -> list[str]:
         if other.resolve() == path.resolve() or not other.exists():
             continue
         here, there = (json.loads(file.read_text()) for file in (path, other))
-        if odd := differing(there, here):
+        if odd := differing(there, here, ("precision",), {"precision"}):  # what it ran in, by whatever option
             told = ("–", f"not compared: {odd[0]} here")
         else:
             accuracies = [record["totals"]["test_accuracy"] for record in (here, there)]

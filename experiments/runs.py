@@ -96,7 +96,7 @@ def method(config: Config) -> partial:
     for setting in config.set:
         key, _, text = setting.partition("=")
         if key == "keep" and key in given:
-            raise ValueError(f"--set {setting}: expected --keep")
+            raise ValueError(f"--set {setting}: keep is an option of its own, --keep {text}")
         if key not in own:
             raise ValueError(f"--set {setting}: {config.method} has {', '.join(own) or 'no settings'}")
         kind = type(own[key])

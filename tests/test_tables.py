@@ -140,7 +140,7 @@ def test_the_records_of_a_plan_are_compared_without_data_by_their_options(tmp_pa
     monkeypatch.chdir(ROOT)
     words = ["reports", "table1", "--scale", "small", "--datasets", "cifar10-jpeg", "--incomplete"]
     prepare.prepare(tables.arguments(words[1:]))
-    assert "From the records alone" in capsys.readouterr().out
+    assert "compared with the call by their options, not with the data" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"warm-start-1.json: .* found epochs 10, not 11"):
         prepare.prepare(tables.arguments([*words[1:], "--args=--epochs 11", "--out=results/small"]))
 
@@ -410,7 +410,7 @@ def test_make_reports_shows_what_is_there_and_starts_nothing(checkout):
     words = ["reports", "SCALE=small", "OUT=out", "DATASETS=cifar10-jpeg"]
     done = make(checkout, *words)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("From the records alone, which are not compared with the data")
+    assert done.stdout.startswith("No run is started. Records were compared")
     assert "Not measured: `warm-start+replay=none-1`, " in (checkout / "out" / "table3.md").read_text()
     assert "nothing has been measured yet for table4" in done.stdout
     assert sorted(path.name for path in (checkout / "out").glob("*.md")) == ["generations.md", "table3.md"]
