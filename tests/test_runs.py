@@ -505,7 +505,7 @@ SPOILT = {
     "a pickle with code": (lambda state: state.write_bytes(pickle.dumps(Code())), "expected what"),
     "a checkpoint with code": (lambda state: torch.save({"model": Code()}, state), "expected what"),
     "something else": (lambda state: torch.save([1, 2], state), "expected what"),
-    "another format": (changed("format", 0), "its format 0, not 1"),
+    "another format": (changed("format", 0), "its format 0, not 2"),
     "another torch": (changed("versions", {}), "its versions {}, not"),
     "another commit": (changed("git_commit", "abc"), "its git_commit abc, not"),
     "another device": (changed("device", "abacus"), "its device abacus, not"),

@@ -317,7 +317,8 @@ def test_what_there_is_no_table_of_is_one_line(words, told, capsys):
     assert refusal.value.code == 2 and error.startswith(told) and error.count("\n") == 1
 
 
-def test_the_small_scale_and_what_narrows_a_table(checkout):
+def test_the_small_scale_and_what_narrows_a_table(checkout, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     runs, _ = planned(checkout, "reproduce-table1", "SCALE=small", "DATA=photos/cifar10-jpeg")
     assert len(runs) == 10 * 3 and "runs/small/cifar10-jpeg/warm-start+gamma=1-2.json" in runs
     assert all("--dataset folder --data photos/cifar10-jpeg --arch small" in line for line in runs.values())
