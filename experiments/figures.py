@@ -5,6 +5,7 @@ Leaves: the figure, drawn; each function returns what its error bars are.
 """
 
 import statistics
+from functools import cache
 
 import torch
 
@@ -13,20 +14,40 @@ from evaluate import CORRUPTIONS
 from experiments.claims import is_of
 from experiments.differences import interval, mean_and_error, paired, spread, warm_start_of
 from experiments.measure import EPSILONS, SHARES, SIGMAS
-from experiments.rows import NAMES, Row
+from experiments.rows import NAMES, Row, word
+from experiments.tables import SCALES
 
 DEVIATION = "bars: ± standard deviation over seeds"
 COLORS = [*(f"C{i}" for i in range(10)), "black", "gold", "navy"]
 MARKERS = "os^vD<>pP*Xhd"
 LINES = ("-", "--", ":", "-.")
+FILLINGS = ("none", "left", "bottom", "right", "top")
+
+
+@cache
+def told_in_tables() -> list[tuple[str, ...]]:
+    """What tells rows from others of their method, in all tables at all scales: first of all, nothing."""
+    told: dict[tuple[str, ...], None] = {(): None}
+    for scale in SCALES.values():
+        for parts in scale.values():
+            options = [row.split()[1:] for part in parts for row in part.rows]
+            shared = {option for option in options[0] if all(option in other for other in options)}
+            for own in options:
+                told[tuple(option.replace("=", " ", 1) for option in own if option not in shared)] = None
+    return [*told]
 
 
 def look_of(row: Row, rows: list[Row]) -> dict:
-    """Colour and marker by the method, the same in all figures; the line by the options, among its rows."""
+    """Colour and marker by the method, line and filling by the options: the same in all figures."""
     i = [*METHODS].index(row.method) % len(COLORS)
-    place = [other.label for other in rows if other.method == row.method].index(row.label)
+    known = told_in_tables()
+    told = tuple(word(*pair) for pair in row.told.items())
+    if told in known:
+        place = known.index(told)
+    else:  # a row of the caller's
+        place = [other.label for other in rows if other.method == row.method].index(row.label)
     look = dict(color=COLORS[i], marker=MARKERS[i], ls=LINES[place % len(LINES)])
-    return look | ({"mfc": "white"} if place else {})
+    return look | ({"fillstyle": FILLINGS[place // len(LINES) % len(FILLINGS)]} if place else {})
 
 
 def draw_line(axes, x, samples: list[list[float]], **look) -> None:

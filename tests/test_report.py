@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 import baselines
 import evaluate
 import lure
-from experiments import figures, report
+from experiments import figures, report, tables
 from experiments.claims import decided, primary, verdict
 from experiments.data import DataError
 from experiments.differences import interval, paired_p, pooled_p, spread, warm_start_of, with_interval
@@ -649,3 +649,20 @@ def test_runs_elsewhere_stand_beside_the_committed_ones(folder, tmp_path, monkey
     assert "| – | not compared: epochs 1, not 7 here |" in text
     text = render(tmp_path / "results" / "small" / "table3.md", [committed / "lure-1.json"])
     assert "Your runs beside" not in text
+
+
+def test_a_row_looks_the_same_in_all_figures_and_unlike_the_others_of_its_table():
+    def look(options, others=()):
+        told = lambda pairs: dict(pair.split(" ", 1) if " " in pair else (pair, True) for pair in pairs)  # noqa: E731
+        rows = [Row("lure", {}, told(pairs), [], told(pairs)) for pairs in (options, *others)]
+        return figures.look_of(rows[0], rows)
+
+    assert look(["gamma 1"]) == look(["gamma 1"], [[], ["mega-batches 25"]]) != look([])
+    for scale in tables.SCALES.values():
+        for parts in scale.values():
+            rows = {tuple(row.split()) for part in parts for row in part.rows}
+            shared = {option for option in min(rows)[1:] if all(option in row for row in rows)}
+            for method in {row[0] for row in rows}:
+                options = [[o for o in row[1:] if o not in shared] for row in rows if row[0] == method]
+                looks = {str(look([o.replace("=", " ", 1) for o in own])) for own in options}
+                assert len(looks) == len(options), (method, options)
