@@ -136,7 +136,8 @@ def connection_sensitivity(model, images, labels, loss=cross_entropies, chunk=64
         losses = loss(output, y)
         if losses.ndim == 0:
             raise ValueError("expected a loss of each sample, as by reduction='none'; got their mean or sum")
-        return losses.sum() / len(y) * (len(y) / len(labels))
+        mean_of_chunk = losses.sum() / len(y)
+        return mean_of_chunk * (len(y) / len(labels))
 
     gradients = gradient_of_sum(model, [*weights.values()], chunks(chunk, images, labels), share_of_mean)
     scores = {}
@@ -493,7 +494,7 @@ def train_epoch_(model, optimizer, data: Dataset, train: Tensor, config, generat
         loss.backward()
         optimizer.step()
         correct += (logits.argmax(1) == target).sum()
-    model.eval()
+    model.eval()  # tells what `wrap` may have made of it that training ends
     return correct.double() / len(train)
 
 

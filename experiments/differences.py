@@ -92,7 +92,9 @@ def spread(values: list[float], digits: int = 2) -> str:
 def with_interval(differences: list[float], digits: int = 2) -> str:
     """Their mean and its 95 % interval; of one alone, that it is of one seed."""
     mean = f"{statistics.fmean(differences):+.{digits}f}"
-    return f"{mean} {bounds(differences, digits=digits) if len(differences) > 1 else '(one seed)'}"
+    if len(differences) == 1:
+        return f"{mean} (one seed)"
+    return f"{mean} {bounds(differences, digits=digits)}"
 
 
 def bounds(differences: list[float], level: float = 0.95, digits: int = 2) -> str:

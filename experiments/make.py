@@ -63,14 +63,15 @@ def rules(asked: argparse.Namespace) -> str:
     paths, also = planned_files(asked)
     missing = [path for path in (*paths.values(), *also) if not os.path.exists(path)]
     python = shlex.quote(asked.python)
-    threads = os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // asked.jobs)
+    number = os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // asked.jobs)
+    threads = f"OMP_NUM_THREADS={number}"
     words = " ".join(map(shlex.quote, asked.words))
     prepare = f"@{python} -m experiments.prepare {words}"
     if asked.scale == "demo" and not any(map(os.path.exists, paths.values())):
         prepare = ""  # there is nothing to load, nor to compare
     rule: dict[str, tuple[list[str], str]] = {"prepare": ([], prepare)}
     for run, path in paths.items():
-        call = f"OMP_NUM_THREADS={threads} {python} baselines.py {command(run, asked)}"
+        call = f"{threads} {python} baselines.py {command(run, asked)}"
         rule[path] = (["prepare"], call)
         # A record may be there without its checkpoint, which is not kept in git: then the run is made again.
         checkpoint = path.replace(".json", ".pt")
@@ -79,10 +80,7 @@ def rules(asked: argparse.Namespace) -> str:
     how = {"corruptions": corruptions, "attack": "--attack ", "metrics": ""}
     for path, checkpoint in also.items():
         more = how[path.split(".")[-2]]
-        rule[path] = (
-            [checkpoint],
-            f"OMP_NUM_THREADS={threads} {python} evaluate.py {more}{shlex.quote(checkpoint)}",
-        )
+        rule[path] = ([checkpoint], f"{threads} {python} evaluate.py {more}{shlex.quote(checkpoint)}")
     to_make = [] if asked.incomplete else missing
     rule["all"] = (["prepare", *to_make], f"{python} -m experiments.report {words}")
     lines = ["equals := =", ".PHONY: all prepare"]

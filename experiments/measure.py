@@ -188,7 +188,7 @@ def refuse_other_data(path: Path, checkpoint: dict, data: dict, folder: str) -> 
     record = path.with_suffix(".json")
     trained_on = checkpoint.get("data")
     if trained_on is None and record.exists():
-        trained_on = json.loads(record.read_text())["data"]
+        trained_on = runs.read_record(record)["data"]
     if trained_on is not None and trained_on != data:
         expected = f"the data that it was trained on, sha256 {trained_on['sha256']}"
         raise DataError(f"{path}: expected {expected}; {folder} has {data['sha256']}")
@@ -199,7 +199,7 @@ def refuse_other_run(out: Path, result: dict) -> None:
     if not out.exists():
         return
     try:
-        odd = runs.differing(json.loads(out.read_text()), result)
+        odd = runs.differing(runs.read_record(out), result)
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{out}: expected what evaluate.py wrote, or no file ({error})") from error
     if odd:

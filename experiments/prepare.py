@@ -55,7 +55,7 @@ def how_many(asked: argparse.Namespace, paths: list[str]) -> str:
     for path in missing:
         committed = Path("results", asked.scale, *Path(path).parts[-2:])
         if committed.exists() and not asked.args:
-            known[path] = json.loads(committed.read_text())
+            known[path] = runs.read_record(committed)
     text += f"; {len(missing)} to run"
     if known:
         minutes = sum(record["totals"]["seconds"] for record in known.values()) / 60

@@ -29,7 +29,7 @@ from experiments.report_tables import (
     table,
 )
 from experiments.rows import Row, load_rows, split_measured
-from experiments.runs import differing
+from experiments.runs import differing, read_record
 
 RESULTS = Path(__file__).parent.parent / "results"
 SHOWN = ("paper", "narrow", "small", "precision")  # its folders, in the overview's order
@@ -164,14 +164,15 @@ def beside_committed(paths: list[Path], folder: Path) -> list[str]:
         other = folder / path.resolve().parent.name / path.name
         if other.resolve() == path.resolve() or not other.exists():
             continue
-        here, there = (json.loads(file.read_text()) for file in (path, other))
+        here = read_record(path)
+        there = read_record(other)
+        accuracy = here["totals"]["test_accuracy"]
+        committed = there["totals"]["test_accuracy"]
         if odd := differing(there, here, ("precision",), {"precision"}):  # what it ran in, by whatever option
             told = ("–", f"not compared: {odd[0]} here")
         else:
-            accuracies = [record["totals"]["test_accuracy"] for record in (here, there)]
-            told = (f"{accuracies[0] - accuracies[1]:+.2f}", f"{there['device']}, {there['precision']}")
-        both = [f"{record['totals']['test_accuracy']:.2f}" for record in (here, there)]
-        lines.append(line(f"{path.parent.name}/{path.stem}", *both, *told))
+            told = (f"{accuracy - committed:+.2f}", f"{there['device']}, {there['precision']}")
+        lines.append(line(f"{path.parent.name}/{path.stem}", f"{accuracy:.2f}", f"{committed:.2f}", *told))
     if not lines:
         return []
     head = line("Run", "here, %", "committed, %", "difference", "committed on")

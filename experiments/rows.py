@@ -3,7 +3,6 @@
 Enters: the paths of records. Leaves: rows, each of runs that differ by their seed alone.
 """
 
-import inspect
 import json
 import statistics
 from itertools import pairwise
@@ -12,7 +11,7 @@ from typing import Any, NamedTuple
 
 from baselines import METHODS
 from experiments.command import DataError
-from experiments.runs import DEFAULTS, PATHS
+from experiments.runs import DEFAULTS, PATHS, defaults_of, read_record
 
 NAMES = {method: method for method in METHODS}
 NAMES |= {"warm-start": "Warm start", "sp": "S&P", "llf": "LLF", "lure": "LURE", "scratch": "Scratch"}
@@ -103,12 +102,12 @@ def load_record(path: Path, row: str) -> dict:
 
 def with_options(file: Path) -> dict:
     """What a file of a run holds, its configuration completed by defaults, and the options out of that."""
-    record = json.loads(file.read_text())
+    record = read_record(file)
     config = DEFAULTS | {"method": "lure", "set": []} | record["config"]
     apart = PATHS | {"method", "seed", "classes", "precision"}
     options = {key: value for key, value in config.items() if key not in apart}
     options["data"] = record["data"]["sha256"]
-    if "keep" not in inspect.signature(METHODS[config["method"]]).parameters:
+    if "keep" not in defaults_of(config["method"]):
         options["keep"] = None
     record |= {"config": config, "options": options}
     if record.get("format", 0) < 2:  # ECE was a fraction

@@ -379,7 +379,7 @@ def read_earlier(path: str, read, run: dict, keys=(), but=frozenset()) -> dict |
     return record
 
 
-def read_record(path: str) -> dict:
+def read_record(path: str | Path) -> dict:
     return json.loads(Path(path).read_text())
 
 
