@@ -7,9 +7,11 @@ library alone, so that `make -n` lists the runs where nothing is installed.
 """
 
 import argparse
+import json
 import os
 import shlex
 import sys
+from pathlib import Path
 
 from experiments.tables import BASE, GENERATIONS, KNOWN, Run, arguments, own, planned
 
@@ -58,8 +60,27 @@ def planned_files(asked: argparse.Namespace) -> tuple[dict[Run, str], dict[str, 
     return paths, also
 
 
+def how_many(asked: argparse.Namespace, paths: list[str]) -> str:
+    """How many runs there are and how many are missing, and how long these took where they are committed."""
+    missing = [path for path in paths if not os.path.exists(path)]
+    text = f"{' '.join(asked.tables)}: {len(paths)} runs, {len(paths) - len(missing)} of them in {asked.out}"
+    if not missing:
+        return text
+    text += f"; {len(missing)} to run"
+    committed = [Path("results", asked.scale, *Path(path).parts[-2:]) for path in missing]
+    known = [json.loads(path.read_text()) for path in committed if path.exists() and not asked.args]
+    if known:
+        minutes = sum(record["totals"]["seconds"] for record in known) / 60
+        devices = ", ".join(sorted({record["device"] for record in known}))
+        text += f", of which {len(known)} took {minutes:.0f} minutes one after the other on {devices}"
+    return text
+
+
 def rules(asked: argparse.Namespace) -> str:
-    """A makefile: `all` renders the tables, after what is missing of their runs and measurements."""
+    """A makefile: it tells how many runs are missing; `all` renders the tables, after these.
+
+    What is measured of a run counts as a part of it.
+    """
     paths, also = planned_files(asked)
     missing = [path for path in (*paths.values(), *also) if not os.path.exists(path)]
     python = shlex.quote(asked.python)
@@ -84,6 +105,9 @@ def rules(asked: argparse.Namespace) -> str:
     to_make = [] if asked.incomplete else missing
     rule["all"] = (["prepare", *to_make], f"{python} -m experiments.report {words}")
     lines = ["equals := =", ".PHONY: all prepare"]
+    if not asked.incomplete:
+        told = how_many(asked, [*paths.values()]).replace("$", "$$").replace("#", "$(number)")
+        lines += [r"number := \#", f"$(info {told})"]
     for path, (before, recipe) in rule.items():
         if path.endswith(".pt") or path in to_make or path in ("all", "prepare"):
             name = escaped(path)

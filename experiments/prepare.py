@@ -11,7 +11,6 @@ import shlex
 import sys
 from dataclasses import asdict
 from functools import cache
-from pathlib import Path
 
 import lure
 from experiments import runs, tables
@@ -29,8 +28,6 @@ def prepare(asked: argparse.Namespace) -> None:
     paths, also = planned_files(asked)
     missing = [path for path in (*paths.values(), *also) if not os.path.exists(path)]
     to_run = bool(missing) and not asked.incomplete
-    if not asked.incomplete:
-        print(how_many(asked, [*paths.values()]))
     if to_run:
         refuse_what_was_not_given(asked, paths, missing)
     told = False
@@ -43,27 +40,6 @@ def prepare(asked: argparse.Namespace) -> None:
             told = told or data is None
     if told:
         print("No run is started. Records were compared with the call by their options, not with the data.")
-
-
-def how_many(asked: argparse.Namespace, paths: list[str]) -> str:
-    """How many runs there are and how many are missing, and about how long these take."""
-    missing = [path for path in paths if not os.path.exists(path)]
-    text = f"{' '.join(asked.tables)}: {len(paths)} runs, {len(paths) - len(missing)} of them in {asked.out}"
-    if not missing:
-        return text
-    known = {}
-    for path in missing:
-        committed = Path("results", asked.scale, *Path(path).parts[-2:])
-        if committed.exists() and not asked.args:
-            known[path] = runs.read_record(committed)
-    text += f"; {len(missing)} to run"
-    if known:
-        minutes = sum(record["totals"]["seconds"] for record in known.values()) / 60
-        devices = sorted({record["device"] for record in known.values()})
-        text += (
-            f", of which {len(known)} took {minutes:.0f} minutes one after the other on {', '.join(devices)}"
-        )
-    return text
 
 
 def refuse_what_was_not_given(asked: argparse.Namespace, paths: dict[Run, str], missing: list[str]) -> None:
@@ -102,6 +78,7 @@ def digest_of_part(name, folder, cache_folder, size, *part) -> dict:
 def compare(path: str, config: runs.Config, data: dict | None) -> None:
     """ValueError if the record is of another run; without data, by the options alone."""
     run = dict(config=json.loads(json.dumps(asdict(config))), data=data or {}, precision=config.precision)
+    run["settings"] = runs.settings_of(config)
     free = {"its precision"} if config.precision == "auto" else set()
     if data is None:
         free |= {"train", "test", "sha256"}

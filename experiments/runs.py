@@ -120,6 +120,11 @@ def defaults_of(name: str) -> dict[str, float]:
     return own
 
 
+def settings_of(config: Config) -> dict[str, float]:
+    """All settings of the configured method, given or by default."""
+    return defaults_of(config.method) | method(config).keywords
+
+
 def methods_and_settings() -> str:
     """One line for each method: its name, what it is, its settings with their defaults."""
     lines = ["methods, and what --set gives them:"]
@@ -188,7 +193,7 @@ def new_record(config: Config, data: Dataset, device: torch.device) -> dict:
     record = dict(format=FORMAT, config=asdict(config), totals={}, mega_batches=[])
     record |= provenance(command_line(config), device, data)
     record["precision"] = lure.pick_precision(config.precision, device)
-    record["settings"] = defaults_of(config.method) | method(config).keywords
+    record["settings"] = settings_of(config)
     return json.loads(json.dumps(record))
 
 

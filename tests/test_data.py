@@ -531,7 +531,10 @@ def real(tmp_path_factory):
     return root
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="LURE_TEST_DATA names no folder with cifar10-jpeg.tar.xz")
+@pytest.mark.skipif(
+    not (REAL / "cifar10-jpeg.tar.xz").is_file(),
+    reason="LURE_TEST_DATA names no folder with cifar10-jpeg.tar.xz",
+)
 def test_the_real_images_train_and_are_measured(real, tmp_path):
     """All of CIFAR-10 as JPEGs, a short run on a part of it, then every metric with the real corruptions."""
     root, cache = str(real / "cifar10-jpeg"), str(tmp_path / "cache")

@@ -29,6 +29,16 @@ def runs_of(paths):
     return [(path.stem.rpartition("-")[0].replace("+", " "), path) for path in paths]
 
 
+@pytest.fixture(scope="module")
+def measured_folder(folder, tmp_path_factory):
+    """The same runs, those of two methods with metrics and attacks."""
+    measured = shutil.copytree(folder, tmp_path_factory.mktemp("measured") / "digits")
+    for name in ("warm-start-1.pt", "warm-start-2.pt", "lure-1.pt", "lure-2.pt"):
+        checkpoint = str(measured / name)
+        assert evaluate.main([checkpoint]) == evaluate.main([checkpoint, "--attack"]) == 0
+    return measured
+
+
 def render(out, paths, incomplete=False):
     return report.report(out, runs_of(paths), out.resolve().parent.name, incomplete)
 
@@ -146,17 +156,16 @@ def test_reports_whose_rows_differ_by_options(folder, tmp_path, name, rows):
         assert cells[0] == NAMES[method] and values <= set(cells[1:4])
 
 
-def test_figures_of_what_metrics_measured(folder, tmp_path):
-    runs = copy(folder, tmp_path, "digits")
+def test_figures_of_what_metrics_measured(measured_folder, tmp_path):
+    runs = copy(measured_folder, tmp_path, "digits")
     files = [runs / f"{method}-{seed}.json" for method in ("warm-start", "lure") for seed in (1, 2)]
     names = ("figure2", "figure3", "figure4", "figure5")
     for name in names:
         with pytest.raises(DataError, match=r"warm-start-1.json: expected what evaluate.py measures"):
             render(tmp_path / f"{name}.md", files)
     for path in files:
-        checkpoint = path.with_suffix(".pt")
-        checkpoint.write_bytes((folder / checkpoint.name).read_bytes())
-        assert evaluate.main([str(checkpoint)]) == evaluate.main([str(checkpoint), "--attack"]) == 0
+        for ending in (".metrics.json", ".attack.json"):
+            shutil.copy(measured_folder / f"{path.stem}{ending}", runs)
         measured = json.loads(path.with_suffix(".metrics.json").read_text())
         shade = 30.0 + int(path.stem[-1])  # the colour that CIFAR-10-C has, digits have not
         corruptions = {name: [shade] * 5 for name in evaluate.CORRUPTIONS} | {"mean": shade}
@@ -228,12 +237,9 @@ def test_in_records_of_the_first_format_ece_is_a_fraction(folder, tmp_path):
         assert row.values("ece") == [expected]
 
 
-def test_the_measurements_of_another_run_are_refused(folder, tmp_path):
-    runs = copy(folder, tmp_path)
-    for seed in (1, 2):
-        (runs / f"lure-{seed}.pt").write_bytes((folder / f"lure-{seed}.pt").read_bytes())
-    assert evaluate.main([str(runs / "lure-2.pt"), "--sigmas", "0"]) == 0
-    (runs / "lure-2.metrics.json").rename(runs / "lure-1.metrics.json")
+def test_the_measurements_of_another_run_are_refused(measured_folder, tmp_path):
+    runs = copy(measured_folder, tmp_path)
+    shutil.copy(measured_folder / "lure-2.metrics.json", runs / "lure-1.metrics.json")
     with pytest.raises(DataError, match=r"lure-1.metrics.json: .*it is of another run"):
         render(tmp_path / "table.md", [runs])
 
@@ -508,13 +514,11 @@ def test_a_methods_own_settings_are_in_its_name(tmp_path):
         render(tmp_path / "table.md", [out])
 
 
-def test_forgetting_is_reported_around_each_forgetting_and_by_tensor(folder, tmp_path):
-    runs = copy(folder, tmp_path)
+def test_forgetting_is_reported_around_each_forgetting_and_by_tensor(measured_folder, tmp_path):
+    runs = copy(measured_folder, tmp_path)
     out = tmp_path / "forgetting.md"
     for seed in (1, 2):
-        name = f"lure-{seed}.pt"
-        (runs / name).write_bytes((folder / name).read_bytes())
-        assert evaluate.main([str(runs / name), "--sigmas"]) == 0
+        shutil.copy(measured_folder / f"lure-{seed}.metrics.json", runs)
     text = render(out, [runs / f"{m}-{s}.json" for m in ("warm-start", "lure") for s in (1, 2)])
     head, _, warm, ours, anew_head, _, anew_warm, anew_ours, shares_head, _, *shares = rows_of(text)
     rows = [json.loads((runs / f"lure-{s}.json").read_text())["mega_batches"] for s in (1, 2)]

@@ -37,7 +37,8 @@ def checkout(tmp_path):
 def make(folder, *words):
     environment = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
     words = ["make", f"PYTHON={sys.executable}", *words]
-    return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)
+    pipes = dict(capture_output=True, text=True, errors="replace")
+    return subprocess.run(words, cwd=folder, env=environment, **pipes)
 
 
 TARGETS = [f"reproduce-table{i}" for i in range(1, 10)] + [f"reproduce-figure{i}" for i in range(2, 7)]
@@ -59,9 +60,11 @@ def test_make_lists_its_targets(checkout):
     assert not (checkout / ".venv").exists()
 
 
-def test_make_demo_at_a_reduced_size(checkout):
+def test_make_demo_at_a_reduced_size(checkout, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "latin-1")  # which has no †
     done = make(checkout, "demo", "METHODS=warm-start lure", "ARGS=--epochs 1 --limit 200 --limit-test 50")
     assert done.returncode == 0, done.stderr
+    assert "\\u2020" in done.stdout and "†" in (checkout / "demo" / "demo.md").read_text()
     rows = [line.split("|")[1].strip() for line in done.stdout.splitlines() if line.startswith("|")]
     assert rows[2:] == ["Warm start", "LURE"] and "img/s" not in done.stdout
     assert (checkout / "demo" / "demo-digits.png").stat().st_size > 10_000
@@ -83,18 +86,6 @@ def test_what_is_finished_when_make_is_stopped_stays(checkout, tmp_path):
         time.sleep(0.05)
     os.killpg(stopped.pid, signal.SIGTERM)
     assert stopped.wait(timeout=30) and record.read_text() == "{}\n"
-
-
-def test_make_loads_a_folder_of_images_and_runs_on_it(checkout):
-    for split, label, i in product(("train", "test"), "ab", range(8)):
-        path = checkout / "photos" / split / label / f"{i}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (9, 7), (i, 30 * i, 250 - i)).save(path)
-    words = ["reproduce-table3", "SCALE=small", "DATA=photos", "METHODS=sp", "SEEDS=1", "OUT=out"]
-    done = make(checkout, *words, "ARGS=--mega-batches 1 --epochs 1")
-    assert done.returncode == 0, done.stderr
-    assert [path.name.rpartition("-")[0] for path in (checkout / ".cache").iterdir()] == ["photos-32"]
-    assert "| S&P | 1 † |" in (checkout / "out" / "table3.md").read_text()
 
 
 def photos(root, classes, shade=0):
@@ -133,7 +124,11 @@ def test_a_record_of_other_data_or_options_is_neither_taken_nor_replaced(checkou
     assert done.returncode == 2 and not rest and "Warm start" not in done.stdout
     assert line.startswith("table7: out/photos/warm-start-1.json: expected no file, or one of this run; ")
     assert [(path.read_bytes(), path.stat().st_mtime_ns) for path in files] == before
-    prepare.prepare(tables.arguments([*narrowed, "--data=one/photos", f"--args={SHORT}"]))
+    again = tables.arguments([*narrowed, "--data=one/photos", f"--args={SHORT}"])
+    prepare.prepare(again)
+    monkeypatch.setitem(baselines.METHODS, "warm-start", lambda model, between, factor=0.5: None)
+    with pytest.raises(ValueError, match=r"found settings \{\}, not \{'factor': 0.5\}"):
+        prepare.prepare(again)
 
 
 def test_the_records_of_a_plan_are_compared_without_data_by_their_options(tmp_path, monkeypatch, capsys):
@@ -143,6 +138,15 @@ def test_the_records_of_a_plan_are_compared_without_data_by_their_options(tmp_pa
     assert "compared with the call by their options, not with the data" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"warm-start-1.json: .* found epochs 10, not 11"):
         prepare.prepare(tables.arguments([*words[1:], "--args=--epochs 11", "--out=results/small"]))
+
+
+def test_a_call_tells_how_long_the_committed_runs_of_it_took(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    words = ["table1", "--scale=small", "--data=x/cifar10-jpeg", "--seeds=1 9", f"--out={tmp_path}"]
+    told = rules(tables.arguments(words))
+    some = r"table1: 20 runs, 0 of them in .*; 20 to run, of which 10 took \d+ minutes one after the other"
+    assert re.search(some, told)
+    assert "of which" not in rules(tables.arguments([*words, "--args=--epochs 1"]))  # other runs
 
 
 ODD = ["it's my: a#b$c=+,@ä", "a$(b)"]
@@ -165,31 +169,15 @@ def test_a_name_that_a_shell_or_make_would_split_is_carried_or_refused_before_an
         assert not list(checkout.glob("out*"))
     else:
         assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith(f"table7: 1 runs, 0 of them in out {name}; 1 to run\n")
         (record,) = checkout.glob("out*/*/*.json")
         assert record == checkout / f"out {name}" / name / "warm-start-1.json"
         assert json.loads(record.read_text())["config"]["data"] == name
-        assert (checkout / f"out {name}" / "table7.md").exists()
+        assert "| Warm start | 1 † |" in (checkout / f"out {name}" / "table7.md").read_text()
+        assert [path.name.rpartition("-")[0] for path in (checkout / ".cache").iterdir()] == [f"{name}-32"]
 
 
-def test_a_report_is_written_whatever_standard_output_can_print(checkout):
-    environment = os.environ | {"PYTHONIOENCODING": "latin-1"}
-    words = ["make", f"PYTHON={sys.executable}", "demo", "METHODS=warm-start", "OUT=out", f"ARGS={SHORT}"]
-    done = subprocess.run(words, cwd=checkout, env=environment, capture_output=True)
-    assert done.returncode == 0, done.stderr
-    assert b"\\u2020" in done.stdout and "†" in (checkout / "out" / "demo.md").read_text()
-
-
-def test_make_runs_what_is_missing_and_nothing_else(checkout):
-    words = ["-j2", "demo", "OUT=out", "METHODS=sp", "SEEDS=1 2"]
-    words.append(f"ARGS={' '.join(SMALL[2:])}")
-    assert make(checkout, *words).returncode == 0
-    files = sorted((checkout / "out" / "digits").glob("*-?.json"))
-    assert [f.name for f in files] == ["sp-1.json", "sp-2.json"]
-    files[1].unlink()
-    assert [*planned(checkout, *words)[0]] == ["out/digits/sp-2.json"]
-
-
-def test_make_measures_checkpoints_and_makes_them_again_where_they_are_gone(checkout):
+def test_make_runs_and_measures_what_is_missing_and_nothing_else(checkout):
     words = ["-j2", "reproduce-figure4", "OUT=out", "DATASETS=digits", "METHODS=lure", "SEEDS=1"]
     words.append(f"ARGS={' '.join(SMALL[2:])}")
     assert make(checkout, *words).returncode == 0
@@ -201,6 +189,10 @@ def test_make_measures_checkpoints_and_makes_them_again_where_they_are_gone(chec
     measured.unlink()
     runs, text = planned(checkout, *words)
     assert [*runs] == ["out/digits/lure-1.json"] and text.count("evaluate.py out/digits/lure-1.pt") == 1
+    record.unlink()
+    more, text = planned(checkout, *words, "SEEDS=1 2")
+    assert [*more] == ["out/digits/lure-1.json", "out/digits/lure-2.json"]
+    assert "\nfigure4: 2 runs, 0 of them in out; 2 to run\n" in text
 
 
 def test_every_planned_run_is_a_call_that_baselines_takes():
@@ -421,10 +413,21 @@ def test_make_reports_shows_what_is_there_and_starts_nothing(checkout):
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["reproduce-table2", "SCALE=small"], "DATA: expected DATA=<folder with train/<class>/ and"),
+        (["table2", "--scale=small"], "DATA: expected DATA=<folder with train/<class>/ and"),
+        (["table5"], "IMAGENET: expected IMAGENET=<folder with train/ and val/>"),
+        (["figure2", "--datasets=digits"], "CIFAR10C: expected CIFAR10C=<folder of CIFAR-10-C>"),
+    ],
+)
+def test_what_is_not_given_is_told_before_anything_is_run(words, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        prepare.prepare(tables.arguments(words))
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
         (["reproduce-table2", "SCALE=small", "DATA=none"], "; expected none/train/<class>/<image>"),
-        (["reproduce-table5"], "IMAGENET: expected IMAGENET=<folder with train/ and val/>"),
-        (["reproduce-figure2", "DATASETS=digits"], "CIFAR10C: expected CIFAR10C=<folder of CIFAR-10-C>"),
         (
             ["reproduce-table4", "SCALE=narrow"],
             "table4: SCALE=narrow does not have it, only table1, table3, where-from",
