@@ -137,6 +137,12 @@ def test_predictions_are_made_for_128_images_at_a_time():
     assert evaluate.predict(model, pictures(129)[0]).shape == (129, 5) and sizes == [129]
 
 
+def test_attack_takes_the_whole_range_of_images_and_radii():
+    images, labels = pictures()
+    attacked = evaluate.pgd_attack(network(), images.round(), labels, epsilon=1, steps=1, step_size=1)
+    assert attacked.unique().tolist() == [0, 1]
+
+
 @pytest.mark.parametrize("epsilon, steps", [(-0.1, 10), (float("nan"), 10), (0.1, 0)])
 def test_attack_refuses_what_cannot_be(epsilon, steps):
     with pytest.raises(ValueError, match="epsilon"):
