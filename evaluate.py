@@ -77,8 +77,8 @@ def pgd_attack(model, images, labels, epsilon, steps=10, step_size=None, generat
         raise ValueError(f"expected images in [0, 1], got {float(images.min())} to {float(images.max())}")
     if step_size is None:
         step_size = 2.5 * epsilon / steps
-    lower = (images - epsilon).clamp(0, 1).detach()
-    upper = (images + epsilon).clamp(0, 1).detach()
+    lower = (images - epsilon).clamp(min=0).detach()
+    upper = (images + epsilon).clamp(max=1).detach()
     attacked = images.detach().clone()
     if generator is not None:
         noise = torch.empty(images.shape, dtype=images.dtype, device=generator.device)

@@ -143,7 +143,7 @@ def test_attack_takes_the_whole_range_of_images_and_radii():
     assert attacked.unique().tolist() == [0, 1]
 
 
-@pytest.mark.parametrize("epsilon, steps", [(-0.1, 10), (float("nan"), 10), (0.1, 0)])
+@pytest.mark.parametrize("epsilon, steps", [(-0.1, 10), (1.1, 10), (float("nan"), 10), (0.1, 0)])
 def test_attack_refuses_what_cannot_be(epsilon, steps):
     with pytest.raises(ValueError, match="epsilon"):
         evaluate.pgd_attack(network(), *pictures(), epsilon, steps)
@@ -382,7 +382,7 @@ def test_weight_noise_puts_back_what_a_state_dict_leaves_out_and_leaves_adapters
     assert all(g.any() for g in torch.autograd.grad(model(images)[:, 0].sum(), [model[1].a, model[1].b]))
 
 
-@pytest.mark.parametrize("images", [pictures()[0] * 255, pictures()[0] * 2 - 1, pictures()[0] * math.nan])
+@pytest.mark.parametrize("images", [pictures()[0] * 1.1, pictures()[0] * 2 - 1, pictures()[0] * math.nan])
 def test_attack_refuses_images_that_are_not_in_the_box(images):
     with pytest.raises(ValueError, match=r"expected images in \[0, 1\], got "):
         evaluate.pgd_attack(network(), images, pictures()[1], 0.03)
