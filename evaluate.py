@@ -8,6 +8,7 @@ python evaluate.py lure-1.pt --corruptions CIFAR-10-C    # writes lure-1.corrupt
 import contextlib
 import statistics
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lure import chunks, evaluating, to_input
+
+progress = partial(tqdm, leave=False, disable=None)  # a bar on a terminal, nothing elsewhere
 
 
 # ------------------------------------------------------------ Predictions
@@ -125,7 +128,7 @@ def corruption_accuracy(model: nn.Module, directory: str | Path, resize=None) ->
         found = f"{least} to {largest}"
         raise ValueError(f"{directory}/labels.npy: expected labels of {classes} classes, found {found}")
     result: dict = {}
-    for name, images in tqdm(arrays.items(), "corruptions", leave=False, disable=None):
+    for name, images in progress(arrays.items(), "corruptions"):
         result[name] = []
         for of_severity, targets in zip(images.chunk(5), labels.chunk(5), strict=True):
             pixels = resize(of_severity).to(device)

@@ -453,11 +453,11 @@ def augmented(pixels: Tensor, index: Tensor, padding: int, flip: bool, generator
     # Where each crop begins, beside the image: from −padding to padding, down and to the right.
     top, left = torch.randint(-padding, padding + 1, (2, *one_each), device=device, generator=generator)
     rows = top + torch.arange(height, device=device)[:, None]  # (N, H, 1)
-    columns = torch.arange(width, device=device).expand(len(index), 1, width)  # (N, 1, W)
+    columns = torch.arange(width, device=device)  # (W,)
     if flip:
         mirrored = torch.rand(one_each, device=device, generator=generator) < 0.5
-        columns = torch.where(mirrored, columns.flip(-1), columns)
-    columns = left + columns
+        columns = torch.where(mirrored, columns.flip(-1), columns)  # (N, 1, W)
+    columns = left + columns  # (N, 1, W)
     # What comes from outside is black.
     inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)  # (N, H, W)
     rows = rows.clamp(0, height - 1)

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 import lure
 from baselines import fisher_information, magnitudes, random_scores
@@ -23,6 +22,7 @@ from evaluate import (
     load_array,
     pgd_attack,
     predict,
+    progress,
     reliability_bins,
     restored,
     weight_noise_accuracy,
@@ -36,9 +36,6 @@ from lure import Dataset, expected_calibration_error
 EPSILONS = (1, 2, 4, 8)
 SIGMAS = (0, 0.01, 0.02, 0.03, 0.04, 0.05)
 SHARES = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
-
-
-progress = partial(tqdm, leave=False, disable=None)
 
 
 # ------------------------------------------------------------ What is measured

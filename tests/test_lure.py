@@ -879,6 +879,12 @@ def test_augmentation_pads_crops_and_flips_each_image(shape, chosen, padding, fl
         assert torch.equal(result, lure.to_input(pixels[index]))
 
 
+def test_augmentation_is_computed_on_the_device_of_the_images():
+    pixels = torch.zeros(3, 8, 8, 1, dtype=torch.uint8, device="meta")
+    index = torch.zeros(2, dtype=torch.int64, device="meta")
+    assert lure.augmented(pixels, index, padding=4, flip=True, generator=None).device.type == "meta"
+
+
 def test_augmentation_reaches_every_offset_and_both_mirrorings():
     pixels = torch.arange(1, 10, dtype=torch.uint8).view(1, 3, 3, 1)
     views = lure.augmented(pixels, torch.zeros(400, dtype=torch.int64), 1, True, seeded(0))
