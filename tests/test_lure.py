@@ -447,20 +447,20 @@ def test_what_cannot_be_ranked_is_refused_in_words():
     _, images, labels, _ = problem(mlp, dtype=torch.float32)
     frozen_whole = mlp().requires_grad_(False)
     for model, told in (
-        (frozen_whole, "found no weight to rank"),
-        (nn.BatchNorm1d(3), "found no weight to rank"),
-        (nn.Sequential(nn.Linear(3, 3), nn.LazyLinear(3)), "lazy layers have been called once"),
+        (frozen_whole, "^found no weight to rank"),
+        (nn.BatchNorm1d(3), "^found no weight to rank"),
+        (nn.Sequential(nn.Linear(3, 3), nn.LazyLinear(3)), "^expected a network whose lazy layers"),
     ):
         with pytest.raises(ValueError, match=told):
             lure.unlearn_(model, images, labels)
-    with pytest.raises(ValueError, match="expected samples to score the weights by, got none"):
+    with pytest.raises(ValueError, match=r"^expected samples to score the weights by, got none$"):
         lure.unlearn_(mlp(), images[:0], labels[:0])
 
 
 def test_a_loss_of_all_samples_together_is_refused():
     model, images, labels, _ = problem(mlp)
     for loss in (F.cross_entropy, partial(F.cross_entropy, reduction="sum")):
-        with pytest.raises(ValueError, match="expected a loss of each sample, as by reduction='none'"):
+        with pytest.raises(ValueError, match=r"^expected a loss of each sample, as by reduction='none'"):
             lure.unlearn_(model, images, labels, loss=loss)
 
 
@@ -522,18 +522,19 @@ def test_what_the_loss_does_not_reach_goes_first_unless_it_is_frozen():
 
 
 NO_MASKS = [
-    {"0.weight": torch.zeros(3, 4).bool()},
-    {"_orig_mod.0.weight": torch.zeros(4, 3).bool()},
-    {"0.weight": torch.zeros(4, 3)},
+    ({"0.weight": torch.zeros(3, 4).bool()}, r"torch.bool \(3, 4\)"),
+    ({"_orig_mod.0.weight": torch.zeros(4, 3).bool()}, r"torch.bool \(4, 3\)"),
+    ({"0.weight": torch.zeros(4, 3)}, r"torch.float32 \(4, 3\)"),
 ]
 
 
-@pytest.mark.parametrize("wrong", NO_MASKS)
-def test_a_mask_of_another_model_is_refused_before_anything_changes(wrong):
+@pytest.mark.parametrize("wrong, found", NO_MASKS)
+def test_a_mask_of_another_model_is_refused_before_anything_changes(wrong, found):
     model = mlp()
     before = state(model)
     mask = {"3.weight": torch.zeros(3, 4, dtype=torch.bool)} | wrong
-    with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected bool, in the shape of a parameter"):
+    told = f"^{next(iter(wrong))}: expected bool, in the shape of a parameter of the model; got {found}$"
+    with pytest.raises(ValueError, match=told):
         lure.reinitialize_(model, mask)
     assert same(state(model), before)
 
@@ -597,11 +598,18 @@ def test_sensitivity_leaves_model_gradients_and_random_state_alone():
 @pytest.mark.parametrize("context", [torch.no_grad, lambda: torch.autocast("cpu", torch.bfloat16)])
 @pytest.mark.parametrize("build", [mlp, convolutional, Language, Pair])
 def test_sensitivity_is_the_same_without_gradients_and_under_autocast(build, context):
-    arguments = problem(build, dtype=torch.float32)
-    expected = lure.connection_sensitivity(*arguments)
+    model, images, labels, loss = problem(build, dtype=torch.float32)
+    autocast = []
+
+    def watched(output, y):
+        autocast.append(torch.is_autocast_enabled("cpu"))
+        return loss(output, y)
+
+    expected = lure.connection_sensitivity(model, images, labels, watched)
     with context():
-        scores = lure.connection_sensitivity(*arguments)
+        scores = lure.connection_sensitivity(model, images, labels, watched)
     assert same(scores, expected) and all(s.dtype == torch.float32 for s in scores.values())
+    assert len(autocast) >= 2 and not any(autocast)
 
 
 # ------------------------------------------------------------ Mask
