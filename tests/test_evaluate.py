@@ -1,5 +1,6 @@
 import json
 import math
+import re
 from dataclasses import asdict
 from itertools import product
 
@@ -127,6 +128,15 @@ def test_attack_on_the_models_own_predictions_never_raises_its_accuracy(seed):
         evaluate.accuracy(model, evaluate.pgd_attack(model, images, own, e), own) for e in (0, 0.02, 0.3)
     ]
     assert accuracies[0] == 100 and accuracies[2] < 100 and accuracies[1] <= 100
+
+
+def test_accuracy_is_of_one_prediction_for_each_label():
+    images, labels = pictures()
+    for model, y in ((network(), labels[:-1]), (nn.Conv2d(3, 5, 8), labels)):  # of (N, 5), (N, 5, 1, 1)
+        shapes = f"{tuple(model(images).shape)} and {tuple(y.shape)}"
+        told = f"expected logits (N, classes) and labels (N,), got {shapes}"
+        with pytest.raises(ValueError, match=f"^{re.escape(told)}$"):
+            evaluate.accuracy(model, images, y)
 
 
 def test_predictions_are_made_for_128_images_at_a_time():

@@ -1140,11 +1140,18 @@ def test_training_is_in_the_precision_asked_for_or_the_processors_own(precision,
         lambda module, args, logits: seen.append((logits.dtype, torch.is_grad_enabled()))
     )
     data, config = pictures(), lure.Config(precision=precision)
+    cross_entropy, of = F.cross_entropy, set()
+
+    def watched(logits, *more, **options):
+        of.add(logits.dtype)
+        return cross_entropy(logits, *more, **options)
+
+    monkeypatch.setattr(F, "cross_entropy", watched)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     lure.train_epoch_(model, optimizer, data, torch.arange(4), config, seeded(0))
     lure.evaluate(model, *data[:2])
     assert seen == [(getattr(torch, expected), True), (torch.float32, False)]  # evaluation: always float32
-    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert of == {p.dtype for p in model.parameters()} == {torch.float32}
 
 
 # ------------------------------------------------------------ Algorithm 1
