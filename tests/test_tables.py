@@ -300,9 +300,17 @@ def test_the_rules_are_of_what_is_missing_alone(tmp_path, monkeypatch):
     [
         (["table1", "--scale", "large"], "SCALE: expected"),
         (["table10"], "table10: SCALE=paper does not have it"),
+        (
+            ["all", "--incomplete", "--seeds", "1"],
+            "SEEDS: expected OUT=<folder> too, or the tables in results/",
+        ),
+        (
+            ["all", "--incomplete", "--scale=narrow", "--datasets=cifar10-jpeg"],
+            "DATASETS: expected OUT=<folder>",
+        ),
     ],
 )
-def test_what_there_is_no_table_of_is_one_line(words, told, capsys):
+def test_what_is_not_planned_is_one_line(words, told, capsys):
     with pytest.raises(SystemExit) as refusal:
         tables.arguments(words)
     error = capsys.readouterr().err
