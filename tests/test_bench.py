@@ -25,7 +25,8 @@ TINY = Config(arch="small", image_size=8, batch_size=16, lr=0.01)
 def test_the_benchmark_end_to_end(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench, "peak_memory", lambda make, device: 1.0)  # it starts processes; see below
     monkeypatch.setattr(bench, "SIDES", {"cpu": (32, 64)})
-    monkeypatch.setattr(bench, "median_seconds", lambda call, device, repeats=1: bench.seconds(call, device))
+    median = bench.median_seconds
+    monkeypatch.setattr(bench, "median_seconds", lambda call, device, repeats=1: median(call, device, 1))
     argv = ["--device", "cpu", "--images", "40", "--image-size", "8", "--batch-size", "16", "--rounds", "2"]
     argv += ["--workers", "1", "--pi", "20", "--batch-sizes", "32", "--networks", "small"]
     assert bench.main([*argv, "--out", str(tmp_path)]) == 0

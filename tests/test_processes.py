@@ -171,6 +171,12 @@ def test_a_process_that_dies_ends_the_run_which_then_goes_on(two, tmp_path):
     ("wrong", "message"),
     [
         (["--epochs=0"], "--epochs: expected epochs per mega-batch, at least 1; got 0"),
+        (["--method=sp", "--set=alpha=1"], "--set alpha=1: sp has shrink, noise"),
+        pytest.param(
+            ["--device=cuda"],
+            "--device cuda: expected cpu, or cuda, cuda:1 ... of a GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
         (["--mega-batches=121"], "120 samples do not make 121 mega-batches to train on"),
     ],
 )
