@@ -68,8 +68,8 @@ def how_many(asked: argparse.Namespace, paths: list[str]) -> str:
         return text
     text += f"; {len(missing)} to run"
     committed = [Path("results", asked.scale, *Path(path).parts[-2:]) for path in missing]
-    known = [json.loads(path.read_text()) for path in committed if path.exists() and not asked.args]
-    if known:
+    known = [json.loads(path.read_text()) for path in committed if path.exists()]
+    if known and not asked.args:  # which make other runs of them
         minutes = sum(record["totals"]["seconds"] for record in known) / 60
         devices = ", ".join(sorted({record["device"] for record in known}))
         text += f", of which {len(known)} took {minutes:.0f} minutes one after the other on {devices}"
@@ -77,9 +77,9 @@ def how_many(asked: argparse.Namespace, paths: list[str]) -> str:
 
 
 def rules(asked: argparse.Namespace) -> str:
-    """A makefile: it tells how many runs are missing; `all` renders the tables, after these.
+    """A makefile: `all` renders the tables, after what is missing of their runs and measurements.
 
-    What is measured of a run counts as a part of it.
+    When make reads it, it tells how many runs there are and how many are missing.
     """
     paths, also = planned_files(asked)
     missing = [path for path in (*paths.values(), *also) if not os.path.exists(path)]

@@ -250,9 +250,10 @@ def arguments(words: list[str]) -> argparse.Namespace:
         asked.tables = [name for name in there if asked.incomplete or name != "generations"]
     if unknown := [name for name in asked.tables if name not in there]:
         parser.exit(2, f"{unknown[0]}: SCALE={asked.scale} does not have it, only {', '.join(there)}\n")
-    # At the small scale DATASETS= says what the data set is called; at these it leaves some out.
-    own_datasets = ["datasets"] * (asked.scale in ("paper", "narrow"))
-    narrowed = [name for name in ("methods", "seeds", "args", *own_datasets) if getattr(asked, name)]
+    narrowing = ["methods", "seeds", "args"]
+    if asked.scale in ("paper", "narrow"):  # which name their data sets; at the others DATASETS= does
+        narrowing.append("datasets")
+    narrowed = [name for name in narrowing if getattr(asked, name)]
     if asked.incomplete and narrowed and not asked.out:
         parser.exit(
             2, f"{narrowed[0].upper()}: expected OUT=<folder> too, or the tables in results/ would shrink\n"
