@@ -63,7 +63,8 @@ def planned_files(asked: argparse.Namespace) -> tuple[dict[Run, str], dict[str, 
 def how_many(asked: argparse.Namespace, paths: list[str]) -> str:
     """How many runs there are and how many are missing, and how long these took where they are committed."""
     missing = [path for path in paths if not os.path.exists(path)]
-    text = f"{' '.join(asked.tables)}: {len(paths)} runs, {len(paths) - len(missing)} of them in {asked.out}"
+    runs = "1 run" if len(paths) == 1 else f"{len(paths)} runs"
+    text = f"{' '.join(asked.tables)}: {runs}, {len(paths) - len(missing)} of them in {asked.out}"
     if not missing:
         return text
     text += f"; {len(missing)} to run"

@@ -18,6 +18,7 @@ from experiments.command import Parser, guarded
 from experiments.data import FOLDERS, load_whole, part_of
 from experiments.files import data_digest
 from experiments.make import command, planned_files, where
+from experiments.rows import named_options
 from experiments.tables import Run
 
 loaded = cache(load_whole)
@@ -34,6 +35,7 @@ def prepare(asked: argparse.Namespace) -> None:
     for run, path in paths.items():
         given = asked.imagenet if run.dataset == "restricted-imagenet" else asked.data
         config = config_of(run, asked)
+        refuse_other_row(run.row, config)
         data = digest_of(config) if to_run or given else None
         if os.path.exists(path):
             compare(path, config, data)
@@ -56,10 +58,24 @@ def refuse_what_was_not_given(asked: argparse.Namespace, paths: dict[Run, str], 
         raise ValueError("CIFAR10C: expected CIFAR10C=<folder of CIFAR-10-C>")
 
 
+def refuse_other_row(row: str, config: runs.Config) -> None:
+    """ValueError if METHODS= or ARGS= change an option that the row names, and its files are named by."""
+    try:
+        named_options(row, as_read(config))
+    except ValueError as error:
+        expected = f"expected no option that the row {row} has itself"
+        raise ValueError(f"METHODS, ARGS: {expected} ({error})") from error
+
+
 def config_of(run: Run, asked: argparse.Namespace) -> runs.Config:
     parser = Parser(allow_abbrev=False)
     lure.add_settings(parser, runs.Config)
     return runs.Config(**vars(parser.parse_args(shlex.split(command(run, asked)))))
+
+
+def as_read(config: runs.Config) -> dict:
+    """As a record has it, when it is read."""
+    return json.loads(json.dumps(asdict(config)))
 
 
 def digest_of(config: runs.Config) -> dict:
@@ -77,7 +93,7 @@ def digest_of_part(name, folder, cache_folder, size, *part) -> dict:
 
 def compare(path: str, config: runs.Config, data: dict | None) -> None:
     """ValueError if the record is of another run; without data, by the options alone."""
-    run = dict(config=json.loads(json.dumps(asdict(config))), data=data or {}, precision=config.precision)
+    run = dict(config=as_read(config), data=data or {}, precision=config.precision)
     run["settings"] = runs.settings_of(config)
     free = {"its precision"} if config.precision == "auto" else set()
     if data is None:

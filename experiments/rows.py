@@ -126,6 +126,8 @@ def named_options(row: str, config: dict) -> dict[str, Any]:
         key = key.replace("-", "_")
         if key == "set":
             named.setdefault("set", []).append(text)
+        elif key in named:
+            raise ValueError(f"it names {key} twice")
         else:
             named[key] = type(config[key])(text or True)
     for key, value in {"method": method, **named}.items():

@@ -148,6 +148,16 @@ def test_a_call_tells_how_long_the_committed_runs_of_it_took(tmp_path, monkeypat
     assert "of which" not in rules(tables.arguments([*words, "--args=--epochs 1"]))  # other runs
 
 
+@pytest.mark.parametrize("more", ["--args=--limit 60", "--methods=lure+limit=60"])
+def test_an_option_that_a_row_has_itself_is_refused_before_any_run(more, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked = tables.arguments(["table8", "--scale=small", "--datasets=digits", more])
+    told = "METHODS, ARGS: expected no option that the row .* limit=1136 has itself .*limit"
+    with pytest.raises(ValueError, match=told):
+        prepare.prepare(asked)
+    assert not [*tmp_path.iterdir()]
+
+
 ODD = ["it's my: a#b$c=+,@ä", "a$(b)"]
 
 
@@ -168,7 +178,7 @@ def test_a_name_that_a_shell_or_make_would_split_is_carried_or_refused_before_an
         assert not list(checkout.glob("out*"))
     else:
         assert done.returncode == 0, done.stderr
-        assert done.stdout.startswith(f"table7: 1 runs, 0 of them in out {name}; 1 to run\n")
+        assert done.stdout.startswith(f"table7: 1 run, 0 of them in out {name}; 1 to run\n")
         (record,) = checkout.glob("out*/*/*.json")
         assert record == checkout / f"out {name}" / name / "warm-start-1.json"
         assert json.loads(record.read_text())["config"]["data"] == name
