@@ -52,7 +52,7 @@ precision: $(READY)  ## ResNet18 in bfloat16 and in float32; DATA=<folder with t
 	$(call plan,precision,precision)
 reproduce: $(READY)  ## all tables and figures of SCALE= (paper, small or narrow, the latter two with DATA=<folder>)
 	$(call plan,all)
-reports: $(READY)  ## these and generations, from the runs that are there; starts none
+reports: $(READY)  ## all tables and figures, generations too, from the runs that are there; starts none
 	$(call plan,all --incomplete)
 overview: $(READY)  ## results/README.md, from all tables and figures that are there
 	"$(PYTHON)" -m experiments.report overview

@@ -231,9 +231,9 @@ def random_(model, between, keep=0.8) -> dict[str, Tensor]:
 
 
 def released_(model, between, keep=0.8) -> dict[str, Tensor]:
-    """LURE as the authors' released code redraws.
+    """LURE as the authors' code redraws: every parameter is ranked, biases and normalisation too.
 
-    It ranks every parameter, biases and normalisation too. What scores at or below the threshold goes, ties
+    What scores at or below the threshold goes, ties
     with it; of those, what is named `weight` is redrawn (normalisation's scales from U(−1, 1)), biases stay.
     Returns the mask of what is named `weight`.
     """

@@ -131,8 +131,11 @@ def load_folders(name: str, root: Path, cache: Path, image_size: int) -> Dataset
             is_image = partial(is_an_image, root / split, others)
             samples.append(make_dataset(str(root / split), label_of, is_valid_file=is_image))
         except (OSError, ValueError) as error:
+            reason = str(error)
+            if isinstance(error, OSError) and error.filename:
+                reason = f"{error.filename}: {error.strerror}"
             source = "" if name == "folder" else ", ILSVRC 2012 from image-net.org"
-            raise DataError(f"{error}; expected {root}/{split}/<class>/<image>{source}") from error
+            raise DataError(f"{reason}; expected {root}/{split}/<class>/<image>{source}") from error
         classes.append(folders)
     if odd := sorted(set(classes[0]) ^ set(classes[1])):
         raise DataError(f"{root}: expected every class in both splits, {odd[0]!r} is in one only")

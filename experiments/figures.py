@@ -65,6 +65,7 @@ def by_method(rows: list[Row]) -> dict[str, list[Row]]:
 def anytime(figure, rows, published, others):
     axes = figure.subplots()
     axes.set(xlabel="mega-batches seen", ylabel="test accuracy, %")
+    axes.locator_params(axis="x", integer=True)
     for row in rows:
         x = range(1, len(row.records[0]["mega_batches"]) + 1)
         samples = [row.values("mega_batches", i - 1, "test", "accuracy") for i in x]

@@ -214,11 +214,15 @@ def refuse_numbers_as_text(path: Path, classes: list[str]) -> None:
 def main(argv: list[str] | None, description: str) -> int:
     """The command line of evaluate.py; its status is that of `guarded`."""
     parser = Parser(description=description)
+    corruptions = "measure the accuracy on corrupted images instead; the folder of CIFAR-10-C"
+    attack = "measure the accuracy under PGD-10 instead"
+    epsilons = f"radii of the attack, in 1/255 of the pixels' range; default: {told(EPSILONS)}"
+    sigmas = f"standard deviations of the noise on the weights; default: {told(SIGMAS)}"
     parser.add_argument("paths", nargs="+", type=Path, metavar="CHECKPOINT", help="what --checkpoint wrote")
-    parser.add_argument("--corruptions", type=Path, help="folder of CIFAR-10-C: measure these instead")
-    parser.add_argument("--attack", action="store_true", help="measure accuracy under PGD-10 instead")
-    parser.add_argument("--epsilons", nargs="*", type=float, default=EPSILONS, help="of PGD-10, in 1/255")
-    parser.add_argument("--sigmas", nargs="*", type=float, default=SIGMAS, help="of the noise on the weights")
+    parser.add_argument("--corruptions", type=Path, metavar="FOLDER", help=corruptions)
+    parser.add_argument("--attack", action="store_true", help=attack)
+    parser.add_argument("--epsilons", nargs="*", type=float, default=EPSILONS, help=epsilons)
+    parser.add_argument("--sigmas", nargs="*", type=float, default=SIGMAS, help=sigmas)
     parser.add_argument("--data", help="folder of the data set, if it has moved")
     parser.add_argument("--cache", default=".cache", help="folder for decoded images")
     parser.add_argument(
@@ -227,6 +231,10 @@ def main(argv: list[str] | None, description: str) -> int:
     args = parser.parse_args(argv)
     args.argv = sys.argv[1:] if argv is None else argv
     return guarded(parser.prog, lambda: measure_all(args))
+
+
+def told(numbers: tuple) -> str:
+    return " ".join(f"{number:g}" for number in numbers)
 
 
 def measure_all(args: argparse.Namespace) -> None:

@@ -65,7 +65,7 @@ NOTES = {  # above the tables of a scale
 NAMED = """| Named before the runs | seeds | LURE − warm start over the stream [95 %] | [97.5 %] | verdict |
 | :--- | :--- | :--- | :--- | :--- |
 """
-CLAIMS = """| The paper's claim | where | tested | difference [95 %] | | intervals |
+CLAIMS = """| The paper's claim | where | tested | difference [95 %] | verdict | intervals |
 | :--- | :--- | :--- | :--- | :--- | ---: |
 """
 
@@ -198,7 +198,7 @@ def draw(name: str, path: Path, title: str, *rows) -> None:
 
     figure = Figure(layout="constrained")
     bars = FIGURES[name](figure, *rows)
-    figure.suptitle(f"{title}; {bars}", fontsize=9)
+    figure.suptitle(f"{title}; {bars}", fontsize=9, wrap=True)
     write(path, partial(figure.savefig, format="png", dpi=130))
 
 
@@ -212,7 +212,7 @@ def caption(title: str, rows: list[Row], columns: list[Column]) -> str:
     same = {
         "arch": config["arch"],
         "mega_batches": f"{config['mega_batches']} mega-batches",
-        "epochs": f"{config['epochs']} epochs each",
+        "epochs": f"{config['epochs']} epoch{'s' * (config['epochs'] > 1)} each",
         "replay": f"replay {config['replay']}",
     }
     words = [text for key, text in same.items() if key not in options_apart(rows)]
@@ -274,7 +274,9 @@ def main(argv=None) -> int:
         for name in asked.tables:
             runs = [(run.row, Path(run.path(asked.out))) for run in tables.planned(name, asked)]
             out = Path(asked.out) / f"{name}.md"
-            print(report(out, runs, asked.scale, asked.incomplete), out, sep="\n")
+            text = report(out, runs, asked.scale, asked.incomplete)
+            pictures = sorted(out.parent.glob(f"{name}-*.png"))
+            print(text, out, *pictures, sep="\n")
 
     return guarded("report.py", call)
 

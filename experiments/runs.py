@@ -145,7 +145,7 @@ def check_machine(config: Config) -> None:
 
 def main(argv: list[str] | None, description: str) -> int:
     """The command line of baselines.py, in each process. Its status is that of `guarded`."""
-    usage = "%(prog)s --method METHOD [--OPTION VALUE ...]"
+    usage = "%(prog)s [--method METHOD] [--OPTION VALUE ...]"
     parser = Parser(usage=usage, description=description, epilog=methods_and_settings(), allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     lure.add_settings(parser, Config)

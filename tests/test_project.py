@@ -176,6 +176,24 @@ def test_the_numbers_in_the_prose_of_the_readme_are_in_the_reports():
     assert numbers and all(re.search(rf"(?<![\d.]){re.escape(n)}(?![\d.])", reports) for n in numbers)
 
 
+def hours_of(*words):
+    """How long each run of a call took, of those that are there."""
+    asked = tables.arguments([*words, "--data=cifar10-jpeg", "--incomplete"])
+    paths = {Path(run.path(asked.out)) for name in asked.tables for run in tables.planned(name, asked)}
+    return [runs.read_record(path)["totals"]["seconds"] / 3600 for path in paths if path.exists()]
+
+
+def test_the_hours_in_the_readme_are_those_of_the_records(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    text = " ".join(README.split())
+    narrow = hours_of("table3", "--scale=narrow")
+    assert f"Without replay a run took {min(narrow):.1f} to {max(narrow):.1f} hours" in text
+    small = [name for name in tables.SMALL if name != "generations"]
+    together = sum(hours_of(*small, "--scale=small"))
+    assert f"all of its runs took {together:.1f} hours" in text
+    assert f"`make generations` {sum(hours_of('generations', '--scale=small')):.1f} hours more" in text
+
+
 def test_table_3_has_the_largest_gain_on_cifar10_of_the_papers_tables():
     gains = {}
     for name, printed in json.loads((ROOT / "results/paper.json").read_text())["tables"].items():
