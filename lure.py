@@ -76,7 +76,7 @@ class Config:
     pi_fraction: float = option(0.2, "size of pi as a share of what it is drawn from, in (0, 1]")
     seed: int = option(1, "seed of stream, start, order and forgetting, in [0, 2^30)")
     device: str = option("auto", "cpu, cuda, cuda:1 ...; auto: the GPU if there is one")
-    precision: str = option("auto", "number format; auto: bfloat16 if faster", ("auto", "float32", "bfloat16"))
+    precision: str = option("auto", "number format; auto: the faster", ("auto", "float32", "bfloat16"))
     out: str = option("", "file for the record (JSON)")
 
     def __post_init__(self):
