@@ -50,7 +50,7 @@ where-from cost forgetting generations:
 	$(call plan,$@)
 precision: $(READY)  ## ResNet18 in bfloat16 and in float32; DATA=<folder with train/ and test/>
 	$(call plan,precision,precision)
-reproduce: $(READY)  ## all tables and figures of SCALE= (paper, small or narrow, the latter two with DATA=<folder>)
+reproduce: $(READY)  ## all tables and figures of SCALE= (paper, small or narrow)
 	$(call plan,all)
 reports: $(READY)  ## all tables and figures, generations too, from the runs that are there; starts none
 	$(call plan,all --incomplete)
