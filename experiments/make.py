@@ -68,9 +68,11 @@ def how_many(asked: argparse.Namespace, paths: list[str]) -> str:
     if not missing:
         return text
     text += f"; {len(missing)} to run"
+    if asked.args:  # which make other runs of the committed ones
+        return text
     committed = [Path("results", asked.scale, *Path(path).parts[-2:]) for path in missing]
     known = [json.loads(path.read_text()) for path in committed if path.exists()]
-    if known and not asked.args:  # which make other runs of them
+    if known:
         minutes = sum(record["totals"]["seconds"] for record in known) / 60
         devices = ", ".join(sorted({record["device"] for record in known}))
         text += f", of which {len(known)} took {minutes:.0f} minutes one after the other on {devices}"

@@ -202,6 +202,11 @@ def draw(name: str, path: Path, title: str, *rows) -> None:
     write(path, partial(figure.savefig, format="png", dpi=130))
 
 
+def pictures_of(out: Path) -> list[Path]:
+    """The figures beside a report, one for each data set."""
+    return sorted(out.parent.glob(f"{out.stem}-*.png"))
+
+
 def headline(name: str) -> str:
     return f"{re.sub(r'(?<=e)(?=[0-9])', ' ', name).capitalize()}: {SUBJECTS.get(name, 'runs')}"
 
@@ -244,8 +249,7 @@ def overview(folder: Path) -> str:
                 claims.append(lines)
                 shown_tables, _, lines = rest.partition(NAMED)
                 named.append(lines.rstrip("\n"))
-                images = sorted(path.parent.glob(f"{name}-*.png"))
-                shown = "".join(f"![{headline(name)}]({scale}/{i.name})\n\n" for i in images)
+                shown = "".join(f"![{headline(name)}]({scale}/{i.name})\n\n" for i in pictures_of(path))
                 parts.append(f"## {headline(name)} ({scale})\n\n{shown}{shown_tables.rstrip()}\n")
     if not parts:
         raise DataError(f"{folder}: expected reports in paper, narrow, small or precision; found none")
@@ -275,8 +279,7 @@ def main(argv=None) -> int:
             runs = [(run.row, Path(run.path(asked.out))) for run in tables.planned(name, asked)]
             out = Path(asked.out) / f"{name}.md"
             text = report(out, runs, asked.scale, asked.incomplete)
-            pictures = sorted(out.parent.glob(f"{name}-*.png"))
-            print(text, out, *pictures, sep="\n")
+            print(text, out, *pictures_of(out), sep="\n")
 
     return guarded("report.py", call)
 
